@@ -1,0 +1,5 @@
+"""Thin: all metadata stands in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
