@@ -1,0 +1,227 @@
+"""What a run is made of: frozen dataclasses, one per concern, whose fields are the command-line flags.
+
+Names and defaults are Megatron-LM's wherever it has the flag. Values that follow from others are properties.
+"""
+
+from dataclasses import dataclass, field
+
+from megasp.config.flags import flag
+from megasp.config.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Model.
+
+    Example: `ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=1000)`.
+    """
+
+    num_layers: int = flag(0, "transformer layers")
+    hidden_size: int = flag(0, "width of the residual stream")
+    ffn_hidden_size: int | None = flag(
+        None, "width of the MLP; 4 x hidden-size, or two thirds of that rounded down to a multiple of 64 with --swiglu"
+    )
+    num_attention_heads: int = flag(0, "query heads")
+    group_query_attention: bool = flag(False, "share each key and value head among several query heads")
+    num_query_groups: int | None = flag(None, "key and value heads (with --group-query-attention); 1 is multi-query")
+    kv_channels: int | None = flag(None, "size of a head; hidden-size / num-attention-heads without it")
+    max_position_embeddings: int | None = flag(None, "longest sequence the model is made for; seq-length without it")
+    position_embedding_type: str = flag(
+        "learned_absolute", "how positions enter", choices=("learned_absolute", "rope", "none")
+    )
+    rotary_base: float = flag(10000.0, "base of the rotary frequencies")
+    rotary_percent: float = flag(1.0, "share of a head's channels that rotate")
+    use_rope_scaling: bool = flag(False, "Llama 3.1's frequency scaling for longer contexts")
+    rope_scaling_factor: float = flag(8.0, "factor of --use-rope-scaling")
+    normalization: str = flag("LayerNorm", "kind of norm", choices=("LayerNorm", "RMSNorm"))
+    norm_epsilon: float = flag(1e-5, "added to the variance in norms")
+    swiglu: bool = flag(False, "gated MLP with SiLU")
+    squared_relu: bool = flag(False, "squared ReLU in the MLP instead of GELU")
+    add_bias_linear: bool = flag(True, "biases in linear layers", off="--disable-bias-linear")
+    add_qkv_bias: bool = flag(False, "biases in the query, key and value projections alone")
+    qk_layernorm: bool = flag(False, "norm of queries and keys per head")
+    untie_embeddings_and_output_weights: bool = flag(False, "an output head of its own instead of the embedding's weights")
+    attention_dropout: float = flag(0.1, "dropout of attention probabilities (unfused attention only)")
+    hidden_dropout: float = flag(0.1, "dropout of embeddings and residual branches")
+    init_method_std: float = flag(0.02, "standard deviation of initial weights")
+    vocab_size: int | None = flag(None, "token ids before padding; the tokenizer's, where one is given")
+    make_vocab_size_divisible_by: int = flag(
+        128, "the vocabulary is padded to a multiple of it (in every layout alike, unlike Megatron-LM's)"
+    )
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def mlp_size(self) -> int:
+        """Width of the MLP's hidden layer (of each of gate and up, with SwiGLU)."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        return int(4 * self.hidden_size * 2 / 3) // 64 * 64 if self.swiglu else 4 * self.hidden_size
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: the vocabulary padded to `make_vocab_size_divisible_by`."""
+        assert self.vocab_size is not None, "vocab_size is not known yet"
+        multiple = self.make_vocab_size_divisible_by
+        return -(-self.vocab_size // multiple) * multiple
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.add_bias_linear or self.add_qkv_bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Parallel layout."""
+
+    tensor_model_parallel_size: int = flag(1, "ranks that split each layer's weights")
+    pipeline_model_parallel_size: int = flag(1, "pipeline stages")
+    context_parallel_size: int | None = flag(None, "ranks that share a sequence; ulysses-size x ring-size without it")
+    cp_comm_type: str | None = flag(None, "how they exchange: a2a is Ulysses, p2p is ring", metavar="TYPE")
+    ulysses_size: int | None = flag(None, "ranks of Ulysses sequence parallelism (all-to-all between sequence and heads)")
+    ring_size: int | None = flag(None, "ranks of ring attention")
+    sequence_parallel: bool = flag(
+        False, "split norms, dropout and residuals along the sequence over the tensor-parallel ranks, too"
+    )
+    distributed_backend: str | None = flag(None, "nccl where there are GPUs, else gloo", choices=("nccl", "gloo"))
+    distributed_timeout_minutes: float = flag(10.0, "how long a collective waits for the other ranks")
+
+    def layout(self, world_size: int) -> Layout:
+        """The rank grid for `world_size` ranks; the data-parallel size is what is left (validated elsewhere)."""
+        ulysses, ring = self.sequence_axes
+        model_ranks = self.tensor_model_parallel_size * self.pipeline_model_parallel_size * ulysses * ring
+        return Layout(
+            pp=self.pipeline_model_parallel_size,
+            dp_inner=max(1, world_size // model_ranks),
+            ring=ring,
+            ulysses=ulysses,
+            tp=self.tensor_model_parallel_size,
+        )
+
+    @property
+    def sequence_axes(self) -> tuple[int, int]:
+        """(ulysses, ring) sizes, from whichever flags name them."""
+        ulysses, ring, cp = self.ulysses_size, self.ring_size, self.context_parallel_size or 1
+        if ulysses is None and ring is None:
+            return (cp, 1) if self.cp_comm_type == "a2a" else (1, cp)
+        return ulysses or max(1, cp // (ring or 1)), ring or max(1, cp // (ulysses or 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Data."""
+
+    data_path: tuple[str, ...] = flag((), "prefix of a .bin/.idx pair", metavar="PREFIX")
+    split: str = flag("969,30,1", "shares of the corpus for training, validation and test")
+    mock_data: bool = flag(False, "synthetic tokens instead of a corpus")
+    tokenizer_type: str | None = flag(
+        None, "kind of tokenizer", choices=("HuggingFaceTokenizer", "ByteTokenizer", "NullTokenizer")
+    )
+    tokenizer_model: str | None = flag(None, "tokenizer.json, or a directory that holds one", metavar="PATH")
+    eod_mask_loss: bool = flag(False, "no loss where the input is the end-of-document token")
+    num_workers: int = flag(2, "steps of data read ahead in the background; 0 reads in the training thread")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimizer and learning rate."""
+
+    optimizer: str = flag("adam", "AdamW (decoupled weight decay), as in Megatron-LM", choices=("adam",))
+    lr: float | None = flag(None, "peak learning rate")
+    min_lr: float = flag(0.0, "learning rate at the end of the decay")
+    lr_decay_style: str = flag(
+        "linear", "shape of the decay", choices=("constant", "linear", "cosine", "inverse-square-root", "WSD")
+    )
+    lr_decay_iters: int | None = flag(None, "steps until min-lr; train-iters without it")
+    lr_warmup_iters: int = flag(0, "steps of linear warm-up")
+    lr_warmup_fraction: float | None = flag(None, "warm-up as a share of lr-decay-iters")
+    lr_warmup_init: float = flag(0.0, "learning rate at the start of the warm-up")
+    lr_wsd_decay_style: str = flag(
+        "exponential", "shape of WSD's last phase", choices=("exponential", "linear", "cosine", "minus_sqrt")
+    )
+    lr_wsd_decay_iters: int | None = flag(None, "steps of WSD's last phase")
+    weight_decay: float = flag(0.01, "decay of matrices; biases and norm weights are not decayed")
+    adam_beta1: float = flag(0.9, "decay of the first moment")
+    adam_beta2: float = flag(0.999, "decay of the second moment")
+    adam_eps: float = flag(1e-8, "added to the root of the second moment")
+    clip_grad: float = flag(1.0, "largest global gradient norm; 0 switches clipping off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Training."""
+
+    seq_length: int = flag(0, "tokens of a sample")
+    micro_batch_size: int = flag(1, "samples of one forward pass on a data-parallel rank")
+    global_batch_size: int | None = flag(None, "samples of a step; micro-batch-size x data-parallel size without it")
+    train_iters: int | None = flag(None, "steps to train")
+    train_samples: int | None = flag(None, "samples to train, instead of --train-iters")
+    seed: int = flag(1234, "seed of weights, order and dropout")
+    bf16: bool = flag(False, "compute in bfloat16; master weights, accumulation and reduction stay in fp32")
+    attention_backend: str = flag(
+        "auto",
+        "attention kernel; auto picks the best that this machine has, unfused (local) is the exact reference",
+        choices=("auto", "flash", "fused", "unfused", "local"),
+    )
+    recompute_granularity: str | None = flag(None, "activations to recompute in the backward", choices=("full",))
+    eval_interval: int = flag(1000, "steps between evaluations")
+    eval_iters: int = flag(100, "steps of an evaluation; 0 switches it off")
+    exit_interval: int | None = flag(None, "save and stop when the step is a multiple of it")
+    exit_duration_in_mins: float | None = flag(None, "save and stop after so many minutes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints."""
+
+    save: str | None = flag(None, "directory to write checkpoints to", metavar="DIR")
+    save_interval: int | None = flag(None, "steps between checkpoints; at the end only without it")
+    load: str | None = flag(None, "directory to resume from; without a checkpoint in it training starts anew", metavar="DIR")
+    no_save_optim: bool = flag(False, "leave the optimizer's state out of checkpoints")
+    no_load_optim: bool = flag(False, "resume with a fresh optimizer")
+    no_load_rng: bool = flag(False, "accept another --seed than the checkpoint's")
+    finetune: bool = flag(False, "load the weights alone: step, optimizer and data position start anew")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Logging."""
+
+    log_interval: int = flag(100, "steps between progress lines")
+    tensorboard_dir: str | None = flag(None, "directory for TensorBoard events", metavar="DIR")
+    metrics_file: str | None = flag(None, "JSON lines, one a step; SAVE/metrics.jsonl without it", metavar="FILE")
+    peak_tflops: float | None = flag(None, "peak TFLOP/s of a device, for MFU; known GPUs are recognised")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that defines a training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def global_batch_size(self, layout: Layout) -> int:
+        """Samples of one step."""
+        return self.training.global_batch_size or self.training.micro_batch_size * layout.dp
+
+    def num_microbatches(self, layout: Layout) -> int:
+        """Forward passes per step on each data-parallel rank."""
+        return self.global_batch_size(layout) // (self.training.micro_batch_size * layout.dp)
+
+    def train_steps(self, layout: Layout) -> int:
+        """Steps of the whole run."""
+        if self.training.train_iters is not None:
+            return self.training.train_iters
+        return (self.training.train_samples or 0) // self.global_batch_size(layout)
