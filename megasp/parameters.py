@@ -52,9 +52,10 @@ class Piece:
         name: canonical name.
         shape: the canonical tensor's global shape.
         box: which part of it.
-        replica: this rank's place among the ranks of its tensor-parallel group that hold the same box; 0 owns it.
+        replica: this rank's place among the tensor-parallel ranks that hold the same box; 0 owns it.
         replicas: how many hold it.
-        init_std: standard deviation of its initial values; 0 with `init_mean` for constants.
+        partial: each replica's gradient is only a share of the gradient; they are summed over the replicas.
+        init_std: standard deviation of its initial values; 0 for constants.
         init_mean: mean of its initial values.
         decay: whether weight decay applies to it.
     """
@@ -64,27 +65,32 @@ class Piece:
     box: Box
     replica: int = 0
     replicas: int = 1
+    partial: bool = False
     init_std: float = 0.0
     init_mean: float = 0.0
     decay: bool = True
 
-    def in_layer(self, prefix: str) -> "Piece":
-        """The same piece under `prefix.name`."""
-        return replace(self, name=f"{prefix}.{self.name}")
+    def with_replicas(self, replica: int, replicas: int, partial: bool) -> "Piece":
+        """The same piece, held by `replicas` ranks of which this is number `replica`."""
+        return replace(self, replica=replica, replicas=replicas, partial=partial and replicas > 1)
+
+    def with_facts(self, **facts: float | bool) -> "Piece":
+        """The same piece with other `init_std`, `init_mean` or `decay`."""
+        return replace(self, **facts)  # type: ignore[arg-type]
 
 
-def split(name: str, shape: tuple[int, ...], dim: int, index: int, parts: int, **facts: float | bool) -> Piece:
+def split(name: str, shape: tuple[int, ...], index: int, parts: int, dim: int = 0) -> Piece:
     """Part `index` of `parts` equal parts of a canonical tensor along `dim`; `parts` must divide it."""
     assert shape[dim] % parts == 0, (name, shape, dim, parts)
     each = shape[dim] // parts
     start, size = [0] * len(shape), list(shape)
     start[dim], size[dim] = index * each, each
-    return Piece(name, shape, Box(tuple(start), tuple(size)), **facts)  # type: ignore[arg-type]
+    return Piece(name, shape, Box(tuple(start), tuple(size)))
 
 
-def whole(name: str, shape: tuple[int, ...], replica: int = 0, replicas: int = 1, **facts: float | bool) -> Piece:
-    """All of a canonical tensor, held by `replicas` ranks."""
-    return Piece(name, shape, Box((0,) * len(shape), shape), replica, replicas, **facts)  # type: ignore[arg-type]
+def whole(name: str, shape: tuple[int, ...]) -> Piece:
+    """All of a canonical tensor."""
+    return Piece(name, shape, Box((0,) * len(shape), shape))
 
 
 def local_shape(pieces: Sequence[Piece]) -> tuple[int, ...]:

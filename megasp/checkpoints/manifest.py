@@ -1,0 +1,226 @@
+"""The checkpoint format: what a directory holds, and how it is found.
+
+    ROOT/latest                                  text: the name of the newest complete checkpoint
+    ROOT/step_00000100/rank_00000.safetensors    one per rank that owns something
+    ROOT/step_00000100/manifest.json             without it the directory does not count
+
+The manifest is JSON:
+
+    {"format": "megasp-checkpoint", "version": 1, "step": 100, "layout": "tp2-pp1-u1-r1-dp1",
+     "metadata": {"config": {...}, ...},
+     "files": {"rank_00000.safetensors": {"bytes": 4096, "sha256": "..."}, ...},
+     "tensors": {"model/layers.0.attention.q.weight": {"dtype": "F32", "shape": [32, 16], "boxes": [
+         {"start": [0, 0], "size": [16, 16], "file": "rank_00000.safetensors", "key": "model/layers.0..."}, ...]}, ...},
+     "sha256": "..."}
+
+The boxes of a tensor tile it: each element stands in exactly one of them. `sha256` is that of the other fields as
+`json.dumps` prints them, so the manifest is as safe against damage as the files are. Nothing in the format is pickled.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megasp.checkpoints.safetensors_file import StoredFile
+from megasp.errors import CheckpointError
+from megasp.parameters import Box, Piece
+
+FORMAT, VERSION = "megasp-checkpoint", 1
+MANIFEST, LATEST = "manifest.json", "latest"
+_DIRECTORY = re.compile(r"step_(\d{8,})(\.replaced)?")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One local tensor of this rank and what it is made of.
+
+    Attributes:
+        kind: "model", "exp_avg" or "exp_avg_sq" (AdamW's moments); a piece is stored as `kind/name`.
+        tensor: the local tensor; saved from, or loaded into.
+        pieces: its pieces, stacked along dim 0.
+        owner: False where another rank (a data-parallel replica) writes the same boxes.
+    """
+
+    kind: str
+    tensor: Tensor
+    pieces: tuple[Piece, ...]
+    owner: bool = True
+
+
+@dataclass(frozen=True)
+class StoredBox:
+    """Where a box of a canonical tensor stands: under `key` in `file`."""
+
+    box: Box
+    file: str
+    key: str
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A canonical tensor: safetensors' name of its dtype, its global shape, and the boxes that tile it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    boxes: tuple[StoredBox, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds.
+
+    Attributes:
+        step: steps trained.
+        layout: name of the layout that wrote it.
+        metadata: what the caller of `save` gave: config, data position, RNG, versions.
+        tensors: by `kind/name`.
+        files: by name in the checkpoint's directory.
+    """
+
+    step: int
+    layout: str
+    metadata: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+    files: dict[str, StoredFile]
+
+    def to_json(self) -> str:
+        tensors = {
+            name: {
+                "dtype": tensor.dtype,
+                "shape": tensor.shape,
+                "boxes": [
+                    {"start": stored.box.start, "size": stored.box.size, "file": stored.file, "key": stored.key}
+                    for stored in tensor.boxes
+                ],
+            }
+            for name, tensor in self.tensors.items()
+        }
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": self.step,
+            "layout": self.layout,
+            "metadata": self.metadata,
+            "files": {name: asdict(file) for name, file in self.files.items()},
+            "tensors": tensors,
+        }
+        return json.dumps(document | {"sha256": _fingerprint(json.dumps(document))})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: it is not a manifest, of another version, or damaged; in words.
+        """
+        document = json.loads(text)
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise ValueError(f"it does not say format {FORMAT}")
+        if document.get("version") != VERSION:
+            raise ValueError(f"it has version {document.get('version')} and this megasp reads version {VERSION}")
+        if document.pop("sha256", None) != _fingerprint(json.dumps(document)):
+            raise ValueError("its content does not match its own hash")
+        tensors = {
+            name: StoredTensor(entry["dtype"], tuple(entry["shape"]), tuple(map(_stored_box, entry["boxes"])))
+            for name, entry in document["tensors"].items()
+        }
+        files = {name: StoredFile(**file) for name, file in document["files"].items()}
+        outside = [name for name in files if Path(name).name != name]
+        if outside:
+            raise ValueError(f"its file {outside[0]} is not inside the checkpoint's directory")
+        return cls(document["step"], document["layout"], document["metadata"], tensors, files)
+
+
+def _stored_box(entry: Mapping[str, Any]) -> StoredBox:
+    return StoredBox(Box(tuple(entry["start"]), tuple(entry["size"])), entry["file"], entry["key"])
+
+
+def _fingerprint(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+Part = tuple[dict[str, StoredTensor], dict[str, StoredFile]]
+"""Tensors and files that one rank wrote."""
+
+
+def merge(parts: Sequence[Part]) -> Part:
+    """Tensors and files of all ranks, from those of each.
+
+    Raises:
+        ValueError: ranks disagree about a tensor, or their boxes do not tile it.
+    """
+    dtypes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    boxes: dict[str, list[StoredBox]] = {}
+    files: dict[str, StoredFile] = {}
+    for tensors, own_files in parts:
+        files |= own_files
+        for name, tensor in tensors.items():
+            found = dtypes.setdefault(name, (tensor.dtype, tensor.shape))
+            if found != (tensor.dtype, tensor.shape):
+                raise ValueError(f"{name} is {found} on one rank and {(tensor.dtype, tensor.shape)} on another")
+            boxes.setdefault(name, []).extend(tensor.boxes)
+    for name, stored in boxes.items():
+        written, needed = sum(part.box.numel for part in stored), math.prod(dtypes[name][1])
+        if written != needed:
+            raise ValueError(f"the ranks together hold {written} elements of {name}, which has {needed}")
+    return {name: StoredTensor(*dtypes[name], tuple(stored)) for name, stored in boxes.items()}, files
+
+
+def directory_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def find_latest(root: Path) -> Path | None:
+    """The checkpoint that `root/latest` names, or the one of the highest step where that is missing or not complete.
+
+    `root` may be a checkpoint itself. None when there is none.
+    """
+    root = Path(root)
+    if (root / MANIFEST).is_file():
+        return root
+    if not root.is_dir():
+        return None
+    matches = filter(None, (_DIRECTORY.fullmatch(path.name) for path in root.iterdir()))
+    by_step = sorted(matches, key=lambda match: (int(match[1]), match[2] is None), reverse=True)
+    latest = root / LATEST
+    named = latest.read_text(errors="replace").strip() if latest.is_file() else ""
+    names = sorted((match[0] for match in by_step), key=lambda name: name != named)  # stable: behind it, by step
+    return next((root / name for name in names if (root / name / MANIFEST).is_file()), None)
+
+
+def resolve(root_or_dir: Path) -> Path:
+    """The checkpoint's directory that a --load path means.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = find_latest(root_or_dir)
+    if found is None:
+        rule = f"it must be a directory with {directory_name(100)} or the like in it, which has a {MANIFEST} once complete"
+        raise CheckpointError(f"no checkpoint in {root_or_dir}", rule, "check --load")
+    return found
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint's directory.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another version.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        return Manifest.from_json(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing", "a checkpoint counts only with its manifest", "load another one") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read", str(error.strerror), "check its permissions") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        rule = f"it must be the manifest of a megasp checkpoint, but {error}"
+        raise CheckpointError(f"{path} cannot be used", rule, "copy it again or load an earlier checkpoint") from None

@@ -1,0 +1,213 @@
+"""Load a checkpoint into any layout: each piece is filled from the stored boxes that it meets.
+
+    stored, tensor 2           wanted, tensor 3
+    rank 0  rows  0..12        rank 0  rows  0..8     from rank_00000
+    rank 1  rows 12..24        rank 1  rows  8..16    from rank_00000 and rank_00001
+                               rank 2  rows 16..24    from rank_00001
+
+Only what is needed is read, straight into its place; a file that is read is checked against its hash first.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megasp import log
+from megasp.checkpoints.manifest import Manifest, Shard, StoredTensor, read_manifest, resolve
+from megasp.checkpoints.safetensors_file import DTYPES
+from megasp.config.flags import build, option_string
+from megasp.config.schema import ModelConfig
+from megasp.errors import CheckpointError
+from megasp.parameters import Box, Piece, placed
+
+COPY_AGAIN = "copy it again or load an earlier checkpoint"
+
+SAME_MODEL = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "kv_heads",
+    "head_dim",
+    "mlp_size",
+    "padded_vocab_size",
+    "position_embedding_type",
+    "normalization",
+    "swiglu",
+    "squared_relu",
+    "add_bias_linear",
+    "qkv_bias",
+    "qk_layernorm",
+    "untie_embeddings_and_output_weights",
+)
+"""Attributes of `ModelConfig` that make another model: other tensors, or another function of the same ones."""
+
+SAME_POSITIONS = ("rotary_base", "rotary_percent", "use_rope_scaling", "rope_scaling_factor", "norm_epsilon")
+"""Attributes that a run may change on purpose, to continue at longer context."""
+
+
+class CheckpointReader:
+    """Reads boxes of canonical tensors from a checkpoint's directory. Opens and checks each file once.
+
+    Args:
+        directory: of one checkpoint.
+        verify_hashes: read every file that is opened once more, before, to check its SHA-256.
+    """
+
+    def __init__(self, directory: Path, verify_hashes: bool = True) -> None:
+        self.directory = directory
+        self.manifest = read_manifest(directory)
+        self.verify_hashes = verify_hashes
+        self._files: dict[str, Any] = {}
+
+    def stored(self, kind: str, piece: Piece) -> StoredTensor:
+        """What the checkpoint has under `kind/name`.
+
+        Raises:
+            CheckpointError: nothing, or a tensor of another shape or of a dtype unknown here.
+        """
+        name = f"{kind}/{piece.name}"
+        tensor = self.manifest.tensors.get(name)
+        if tensor is None and not any(key.startswith(f"{kind}/") for key in self.manifest.tensors):
+            rule = "it was saved without the optimizer's state"
+            raise CheckpointError(f"{self.directory} holds no {kind}", rule, "add --no-load-optim or --finetune")
+        if tensor is None or tensor.shape != piece.shape:
+            got = "missing" if tensor is None else f"{list(tensor.shape)} in the checkpoint and {list(piece.shape)} here"
+            raise CheckpointError(
+                f"{self.directory} is a checkpoint of another model ({name} is {got})",
+                "every tensor of the model must be there with its shape",
+                f"use the flags of its run, such as {_model_flags(self.manifest)}",
+            )
+        if tensor.dtype not in DTYPES:
+            rule = f"megasp reads {', '.join(DTYPES)}"
+            raise CheckpointError(f"{name} in {self.directory} has dtype {tensor.dtype}", rule, "use a newer megasp")
+        return tensor
+
+    def read(self, name: str, box: Box, out: Tensor) -> None:
+        """Fill `out`, of the shape `box.size`, with that box of the tensor `kind/name`.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or the stored boxes do not cover `box`.
+        """
+        filled = 0
+        for stored in self.manifest.tensors[name].boxes:
+            common = stored.box.intersect(box)
+            if common is None:
+                continue
+            file = self._file(stored.file)
+            try:
+                source = file.get_slice(stored.key)[common.relative_to(stored.box.start).slices]
+            except (SafetensorError, IndexError) as error:
+                raise self._damaged(stored.file, f"cannot give {stored.key} ({error})") from None
+            out[common.relative_to(box.start).slices].copy_(source)
+            filled += common.numel
+        if filled != box.numel:
+            rule = f"its boxes give {filled} of {box.numel} elements from {box.start}"
+            raise CheckpointError(f"{name} in {self.directory} is not whole", rule, COPY_AGAIN)
+
+    def _file(self, name: str) -> Any:
+        if name not in self._files:
+            self._check(name)
+            try:
+                self._files[name] = safe_open(self.directory / name, "pt")
+            except SafetensorError as error:
+                raise self._damaged(name, f"is no safetensors file ({error})") from None
+        return self._files[name]
+
+    def _check(self, name: str) -> None:
+        """Compare a file with the manifest: it exists, has its size and, if asked for, its hash."""
+        path, expected = self.directory / name, self.manifest.files.get(name)
+        if expected is None or not path.is_file():
+            raise self._damaged(name, "is missing")
+        size = path.stat().st_size
+        if size != expected.bytes:
+            raise self._damaged(name, f"has {size} bytes where the manifest says {expected.bytes}")
+        if self.verify_hashes:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != expected.sha256:
+                raise self._damaged(name, "does not have the SHA-256 that the manifest says")
+
+    def _damaged(self, name: str, what: str) -> CheckpointError:
+        rule = "every file must be as it was written"
+        return CheckpointError(f"{self.directory / name} {what}", rule, COPY_AGAIN)
+
+
+@torch.no_grad()
+def load(root_or_dir: Path, shards: Sequence[Shard], verify_hashes: bool = True) -> Manifest:
+    """Fill the shards' tensors in place from a checkpoint of any layout, bit for bit where dtypes are equal.
+
+    Only tensors of kind "model" may have another floating dtype than the checkpoint.
+
+    Args:
+        root_or_dir: a directory of checkpoints (the latest is taken), or one checkpoint.
+        shards: what this rank holds; `owner` and replicas do not matter here.
+    Raises:
+        CheckpointError: no checkpoint, a damaged one, or one of another model. All names, shapes and dtypes are
+            checked before the first tensor is changed.
+    """
+    reader = CheckpointReader(resolve(root_or_dir), verify_hashes)
+    for shard in shards:
+        for piece in shard.pieces:
+            _check_dtype(shard, piece, reader.stored(shard.kind, piece).dtype)
+    for shard in shards:
+        for piece, local in placed(shard.pieces):
+            reader.read(f"{shard.kind}/{piece.name}", piece.box, shard.tensor[local.slices])
+    return reader.manifest
+
+
+def _check_dtype(shard: Shard, piece: Piece, stored: str) -> None:
+    here, there = shard.tensor.dtype, DTYPES[stored]
+    convertible = shard.kind == "model" and here.is_floating_point and there.is_floating_point
+    if here != there and not convertible:
+        raise CheckpointError(
+            f"{shard.kind}/{piece.name} is {there} in the checkpoint and {here} here",
+            "the optimizer's state is resumed bit for bit",
+            "use the precision flags of its run, or add --no-load-optim",
+        )
+
+
+def saved_model(manifest: Manifest) -> ModelConfig | None:
+    """The model's configuration in the checkpoint's metadata, None if the caller of `save` gave none."""
+    values = manifest.metadata.get("config", {}).get("model")
+    return build(ModelConfig, values) if isinstance(values, Mapping) else None
+
+
+def check_same_model(manifest: Manifest, model: ModelConfig) -> None:
+    """Refuse a checkpoint of another model by its configuration: one with more layers would load, tensor by tensor.
+
+    Warns of another rotary embedding or epsilon.
+
+    Raises:
+        CheckpointError: names the first attribute that differs.
+    """
+    saved = saved_model(manifest)
+    if saved is None:
+        return
+    for name in (*SAME_MODEL, *SAME_POSITIONS):
+        there, here = getattr(saved, name), getattr(model, name)
+        if there == here:
+            continue
+        if name in SAME_POSITIONS:
+            log.warning(f"{name} was {there} in the checkpoint's run and is {here} now")
+            continue
+        raise CheckpointError(
+            f"the checkpoint of step {manifest.step} is of another model ({name} is {there} there and {here} here)",
+            "it must be the model that is trained",
+            f"use the flags of its run: {_model_flags(manifest)}",
+        )
+
+
+def _model_flags(manifest: Manifest) -> str:
+    """The flags that make the checkpoint's model."""
+    saved = saved_model(manifest)
+    if saved is None:
+        return "--num-layers, --hidden-size, --num-attention-heads, --ffn-hidden-size and --vocab-size"
+    given = {field: getattr(saved, field.name) for field in fields(saved)}
+    changed = {option_string(field): value for field, value in given.items() if value != field.default}
+    return " ".join(flag if isinstance(value, bool) else f"{flag} {value}" for flag, value in changed.items())

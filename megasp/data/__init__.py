@@ -1,0 +1,50 @@
+"""Data: from text to the batches of a rank. Numbers in, numbers out; no torch.
+
+text files ──train_tokenizer──> tokenizer.json
+text files ──preprocess───────> PREFIX.bin, PREFIX.idx      (inspect, verify look at them)
+IndexedDataset ──GPTDataset───> sample k ──Loader───> batches     (explain shows which)
+
+indexed_dataset, indexed_dataset_builder    Megatron-LM's .bin/.idx files, read and written
+tokenizer                                   text to ids and back
+text_files                                  documents in text and JSON lines
+sample_order                                the keyed order of samples, computed and never stored
+gpt_dataset                                 which tokens sample k reads
+loader                                      batches of one rank, read ahead
+atomic_files                                output that appears whole or not at all
+train_tokenizer, preprocess, inspect, verify, explain      the commands: `Options` and `run`
+"""
+
+from megasp.data.gpt_dataset import Dataset, GPTDataset, MockDataset, Sample, TokenStream, split_ranges
+from megasp.data.indexed_dataset import IndexedDataset, best_dtype
+from megasp.data.indexed_dataset_builder import IndexedDatasetBuilder
+from megasp.data.loader import Batch, Loader
+from megasp.data.sample_order import SampleOrder
+from megasp.data.tokenizer import (
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    NullTokenizer,
+    Tokenizer,
+    TokenizerOptions,
+    build_tokenizer,
+)
+
+__all__ = [
+    "Batch",
+    "ByteTokenizer",
+    "Dataset",
+    "GPTDataset",
+    "HuggingFaceTokenizer",
+    "IndexedDataset",
+    "IndexedDatasetBuilder",
+    "Loader",
+    "MockDataset",
+    "NullTokenizer",
+    "Sample",
+    "SampleOrder",
+    "TokenStream",
+    "Tokenizer",
+    "TokenizerOptions",
+    "best_dtype",
+    "build_tokenizer",
+    "split_ranges",
+]

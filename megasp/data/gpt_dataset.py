@@ -1,0 +1,206 @@
+"""Samples of a corpus: which tokens sample k reads is a pure function, and nothing is built to answer it.
+
+The N tokens of a split form a circle. Epoch e cuts it, from a keyed start, into n = N // L slots of L tokens (fewer
+than L tokens stay unread, others in each epoch), and reads the slots in a keyed order:
+
+    sample k  ->  epoch k // n  ->  slot order(k % n)  ->  tokens [start + slot * L, ... + L + 1) of the circle
+
+The one token more is the last label; it is the next slot's first input. Documents are read in file order: only
+samples are shuffled.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from megasp.data.indexed_dataset import IndexedDataset
+from megasp.data.sample_order import SampleOrder
+from megasp.errors import DataError
+
+
+class Sample(Protocol):
+    """seq_length + 1 tokens, of which any range can be read by itself."""
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the sample, any integer dtype."""
+        ...
+
+    def place(self, position: int) -> str:
+        """Where the token at `position` comes from, in words."""
+        ...
+
+
+class Dataset(Protocol):
+    """An endless, reproducible sequence of samples."""
+
+    name: str
+    seq_length: int
+
+    def sample(self, k: int) -> Sample:
+        """Sample k, for any k >= 0."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes whenever samples would."""
+        ...
+
+
+def split_ranges(split: str, num_sequences: int) -> tuple[tuple[int, int], ...]:
+    """The sequences [start, stop) of training, validation and test, by Megatron-LM's rule: `split` ("969,30,1") gives
+    their shares, bounds are rounded half to even.
+
+    Raises:
+        DataError: `split` is not one to three numbers, none negative, with a positive sum.
+    """
+    try:
+        shares = [float(share) for share in split.split(",")]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= 3 or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
+        rule = "it must be one to three shares, none negative, separated by commas"
+        raise DataError(f"--split is {split!r}", rule, "use 969,30,1")
+    weights = np.array([*shares, 0.0, 0.0][:3])
+    ends = [0.0]
+    for weight in weights / weights.sum():  # Megatron-LM's order of operations, to the last bit
+        ends.append(ends[-1] + weight)
+    bounds = [min(num_sequences, round(float(end) * num_sequences)) for end in ends]
+    return tuple(pairwise(bounds))
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Tokens [start, stop) of a corpus as a circle."""
+
+    corpus: IndexedDataset
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def pieces(self, position: int, count: int) -> list[tuple[int, int]]:
+        """`count` tokens from `position` on, as ranges [start, stop) of the corpus: one, or more where it wraps."""
+        ranges = []
+        while count > 0:
+            begin = self.start + position % len(self)
+            end = min(self.stop, begin + count)
+            ranges.append((begin, end))
+            position, count = position + end - begin, count - (end - begin)
+        return ranges
+
+    def tokens(self, position: int, count: int) -> np.ndarray:
+        """`count` tokens from `position` on; a view of the file unless it wraps."""
+        parts = [self.corpus.tokens(*piece) for piece in self.pieces(position, count)]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.corpus.dtype), *parts])
+
+
+@dataclass(frozen=True)
+class StreamSample:
+    """The sample that begins at `position` of a stream."""
+
+    stream: TokenStream
+    position: int
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the sample; nothing else is read."""
+        return self.stream.tokens(self.position + start, stop - start)
+
+    def pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Where those tokens lie in the corpus: ranges [start, stop)."""
+        return self.stream.pieces(self.position + start, stop - start)
+
+    def place(self, position: int) -> str:
+        [(token, _)] = self.pieces(position, position + 1)
+        corpus = self.stream.corpus
+        return f"document {corpus.document_at(token)} of {corpus.prefix}, token {token}"
+
+
+class GPTDataset:
+    """The samples of one split of a corpus.
+
+        corpus = IndexedDataset("data/code_text_document")
+        training, validation, test = split_ranges("969,30,1", len(corpus))
+        dataset = GPTDataset(corpus, training, seq_length=2048, seed=1234)
+        dataset.sample(k).tokens(0, 2049)
+
+    Args:
+        corpus: the indexed dataset.
+        sequences: [start, stop) of its sequences (as Megatron-LM splits; `preprocess` makes one of each document).
+        seq_length: L.
+        seed: of the order.
+        name: keys the order; the corpus's file name by default, so it does not depend on where the file lies.
+
+    Attributes:
+        samples_per_epoch: n.
+
+    Raises:
+        DataError: the split holds fewer than L tokens.
+    """
+
+    def __init__(
+        self, corpus: IndexedDataset, sequences: tuple[int, int], seq_length: int, seed: int, name: str | None = None
+    ) -> None:
+        self.corpus, self.seq_length, self.seed = corpus, seq_length, seed
+        self.name = Path(corpus.prefix).name if name is None else name
+        self.stream = TokenStream(corpus, *map(corpus.sequence_token, sequences))
+        tokens = len(self.stream)
+        if tokens < seq_length:
+            got = f"sequences {sequences[0]} to {sequences[1]} of {corpus.prefix} hold {tokens} tokens"
+            rule = f"a split must fill one sample of --seq-length {seq_length}"
+            fix = "give it a larger share of --split" + (f", or use --seq-length {tokens} or less" if tokens else "")
+            raise DataError(got, rule, fix)
+        self.samples_per_epoch = tokens // seq_length
+        self.order = lru_cache(maxsize=8)(self._order)
+
+    def _order(self, epoch: int) -> SampleOrder:
+        return SampleOrder(self.samples_per_epoch, self.seed, self.name, epoch)
+
+    def sample(self, k: int) -> StreamSample:
+        """Sample k, for any k >= 0."""
+        epoch, i = divmod(k, self.samples_per_epoch)
+        order = self.order(epoch)
+        return StreamSample(self.stream, order.start(len(self.stream)) + order(i) * self.seq_length)
+
+    def fingerprint(self) -> str:
+        """An id of the corpus and the split's range in it."""
+        return f"{self.corpus.fingerprint()}:{self.stream.start}-{self.stream.stop}"
+
+
+class MockDataset:
+    """Synthetic samples that a model can learn: each counts up, modulo the vocabulary, from a start and by a step
+    (1 to 8) of its own.
+    """
+
+    name = "mock"
+
+    def __init__(self, vocab_size: int, seq_length: int, seed: int) -> None:
+        self.vocab_size, self.seq_length, self.seed = vocab_size, seq_length, seed
+
+    def sample(self, k: int) -> "MockSample":
+        """Sample k, for any k >= 0."""
+        key = hashlib.blake2b(f"{self.seed},{k}".encode(), digest_size=16).digest()
+        first, step = int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little")
+        return MockSample(first % self.vocab_size, 1 + step % 8, self.vocab_size)
+
+    def fingerprint(self) -> str:
+        return f"mock:{self.vocab_size}"
+
+
+@dataclass(frozen=True)
+class MockSample:
+    """Tokens first, first + step, first + 2 step, ... modulo vocab_size."""
+
+    first: int
+    step: int
+    vocab_size: int
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        return (self.first + self.step * np.arange(start, stop)) % self.vocab_size
+
+    def place(self, position: int) -> str:
+        return f"position {position} of a mock sample"

@@ -1,0 +1,94 @@
+"""Grouped-query self-attention, split over tensor-parallel ranks by heads and over Ulysses ranks by sequence."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+
+from megasp.config.schema import ModelConfig
+from megasp.model.dropout import TokenKeys, attention_bits, site_key
+from megasp.model.init import Factory
+from megasp.model.layers import ColumnParallelLinear, RowParallelLinear
+from megasp.model.norm import Norm
+from megasp.model.rotary import rotate_
+from megasp.parallel_state import ParallelState
+from megasp.sequence_parallel import UlyssesAttention, attend
+from megasp.sequence_parallel.kernels import AttentionDropout
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a block must know of the tokens that it sees.
+
+    Args:
+        keys: names of the tokens of the residual stream on this rank; None drops nothing.
+        rotary: cos and sin tables of the positions that attention's q and k have on this rank; None without rotary.
+    """
+
+    keys: TokenKeys | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+
+
+class Attention(nn.Module):
+    """Self-attention: [S, B, D] -> [S, B, D] (or [S / T, B, D] -> [S / T, B, D] with sequence parallelism).
+
+    Args:
+        config: the model's; its head counts are divisible as `megasp.config.validate` says.
+        name: canonical name of this module.
+        backend: attention kernel.
+    """
+
+    def __init__(
+        self, config: ModelConfig, state: ParallelState, sequence_parallel: bool, backend: str, factory: Factory, name: str
+    ) -> None:
+        super().__init__()
+        self.head_dim, self.rotary = config.head_dim, config.position_embedding_type == "rope"
+        heads, kv_heads, tp = config.num_attention_heads, config.kv_heads, state.tp
+        copies = max(1, tp.size // kv_heads)  # tensor-parallel ranks that share a kv head
+        q, k, v = (f"{name}.{part}" for part in "qkv")
+        self.qkv = ColumnParallelLinear(
+            config.hidden_size,
+            {q: heads * self.head_dim, k: kv_heads * self.head_dim, v: kv_heads * self.head_dim},
+            tp,
+            bias=config.qkv_bias,
+            sequence_parallel=sequence_parallel,
+            replicas={k: copies, v: copies},
+            init_std=config.init_method_std,
+            factory=factory,
+        )
+        self.local_heads = heads // tp.size, max(1, kv_heads // tp.size)
+        self.q_norm = self.k_norm = None
+        if config.qk_layernorm:
+            norm = partial(Norm, config.normalization, self.head_dim, config.norm_epsilon, tp, partial=True, factory=factory)
+            self.q_norm, self.k_norm = norm(name=f"{name}.q_norm"), norm(name=f"{name}.k_norm")
+        self.attend = UlyssesAttention(partial(attend, backend=backend), state.ulysses)
+        self.dropout, self.key = config.attention_dropout, site_key(factory.seed, name)
+        self.first_head = tp.rank * self.local_heads[0]
+        self.o = RowParallelLinear(
+            heads * self.head_dim,
+            config.hidden_size,
+            tp,
+            bias=config.add_bias_linear,
+            sequence_parallel=sequence_parallel,
+            init_std=config.init_method_std / (2 * config.num_layers) ** 0.5,
+            factory=factory,
+            name=f"{name}.o",
+        )
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        heads, kv_heads = self.local_heads
+        qkv = self.qkv(x)
+        if tokens.rotary is not None and self.q_norm is None:
+            qkv = rotate_(qkv, heads + kv_heads, self.head_dim, tokens.rotary)
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split([heads, kv_heads, kv_heads], 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+            if tokens.rotary is not None:
+                q, k = (rotate_(part, part.shape[2], self.head_dim, tokens.rotary) for part in (q, k))
+        out = self.attend(q, k, v, dropout=self._dropout(tokens))
+        return self.o(out.flatten(2))
+
+    def _dropout(self, tokens: Tokens) -> AttentionDropout | None:
+        if self.dropout == 0 or tokens.keys is None:
+            return None
+        return AttentionDropout(self.dropout, partial(attention_bits, self.key), tokens.keys.samples, self.first_head)

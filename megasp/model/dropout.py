@@ -1,0 +1,89 @@
+"""Dropout whose mask is a pure function of what it masks, so that every layout drops the same values.
+
+The mask of an element depends on (seed, sample, layer and site, global position, feature) and on nothing else: not on
+the rank, the microbatch, or what was drawn before. `sample` is the global sample number, which no two steps share. No
+random state exists, recomputation draws the same mask, and a checkpoint has nothing to store.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenKeys:
+    """What names the tokens of a microbatch: global sample numbers int64 [B] and global positions int64 [S]."""
+
+    samples: Tensor
+    positions: Tensor
+
+
+def site_key(seed: int, site: str) -> int:
+    """A 62-bit key of one place in the model ("layers.3.attention")."""
+    digest = hashlib.blake2b(repr((seed, site)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
+
+
+def _mix(z: Tensor) -> Tensor:
+    """The finaliser of splitmix64 on int64 tensors, in place (products wrap; shifts are made logical by masking)."""
+    z ^= (z >> 30) & 0x3FFFFFFFF
+    z *= -0x40A7B892E31B1A47
+    z ^= (z >> 27) & 0x1FFFFFFFFF
+    z *= -0x6B2FB644ECCEEE15
+    return z.bitwise_xor_((z >> 31) & 0x1FFFFFFFF)
+
+
+def uniform_bits(key: int, keys: TokenKeys, features: int) -> Tensor:
+    """Uniform 31-bit integers, int64 [S, B, features]."""
+    device = keys.positions.device
+    sample = _mix(keys.samples + key)
+    token = _mix(keys.positions[:, None] + sample[None, :])
+    feature = _mix(torch.arange(features, device=device) + (key ^ 0x5DEECE66D))
+    return _mix(token[:, :, None] ^ feature) & 0x7FFFFFFF
+
+
+class _Dropout(torch.autograd.Function):
+    """Saves the mask, one byte an element."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probability: float, key: int, keys: TokenKeys) -> Tensor:
+        kept = uniform_bits(key, keys, x.shape[-1]) >= int(probability * 2**31)
+        ctx.save_for_backward(kept)
+        ctx.scale = 1 / (1 - probability)
+        return (x * kept).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        (kept,) = ctx.saved_tensors
+        return (dy * kept).mul_(ctx.scale), None, None, None
+
+
+def dropout(x: Tensor, probability: float, key: int, keys: TokenKeys | None) -> Tensor:
+    """Drop elements of `x` [S, B, D] with `probability` and scale the rest by 1 / (1 - probability).
+
+    Args:
+        key: `site_key` of this place.
+        keys: the names of these tokens; None (evaluation, generation) drops nothing.
+    """
+    if probability == 0 or keys is None:
+        return x
+    return _Dropout.apply(x, probability, key, keys)
+
+
+def attention_bits(key: int, samples: Tensor, first_head: int, heads: int, queries: int, keys: int) -> Tensor:
+    """Uniform 31-bit integers for attention probabilities, int64 [B, heads, queries, keys].
+
+    Args:
+        key: `site_key` of the layer.
+        samples: global sample numbers, int64 [B].
+        first_head: global number of the first head.
+    """
+    device = samples.device
+    sample = _mix(samples + key)[:, None]
+    head = _mix(torch.arange(first_head, first_head + heads, device=device) + sample)[:, :, None]
+    row = _mix(torch.arange(queries, device=device) + head)[:, :, :, None]
+    column = _mix(torch.arange(keys, device=device) + (key ^ 0x5DEECE66D))
+    return _mix(row ^ column) & 0x7FFFFFFF

@@ -1,0 +1,199 @@
+"""Tensor-parallel linear layers and embedding (Megatron-LM, arXiv 1909.08053 section 3; sequence parallelism:
+arXiv 2205.05198 section 4.2). Over an axis of one rank each is exactly its `nn` counterpart.
+
+    column-parallel: each rank holds some output features     row-parallel: each rank holds some input features
+        Y = [X W1^T, X W2^T]                                      Y = X1 W1^T + X2 W2^T
+
+With sequence parallelism activations between the layers are split along dim 0 (the sequence): a column-parallel layer
+gathers its input, a row-parallel one reduce-scatters its output, and neither keeps the gathered tensor.
+
+Shapes: S sequence on this rank, B batch, `[S, B, features]`; T is the tensor-parallel size.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megasp.collectives import (
+    Pending,
+    reduce_from,
+    scatter_to,
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
+)
+from megasp.model.init import Factory
+from megasp.parallel_state import Axis
+from megasp.parameters import Piece, split, whole
+
+ONE_RANK = Axis("tp")
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b. Saves x as it came (a shard, under sequence parallelism) and W.
+
+    The backward gathers x again behind the input-gradient GEMM, and reduces the input's gradient behind the
+    weight-gradient GEMM.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, sequence_parallel: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.axis, ctx.sequence_parallel = axis, sequence_parallel
+        return F.linear(start_all_gather(x, axis).wait() if sequence_parallel else x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        wants_dx, wants_dw, wants_db, *_ = ctx.needs_input_grad
+        gathered = start_all_gather(x, ctx.axis) if ctx.sequence_parallel and wants_dw else Pending(x)
+        dy_2d = dy.reshape(-1, dy.shape[-1])
+        dx = dw = None
+        if wants_dx:
+            partial = (dy_2d @ weight).view(*dy.shape[:-1], weight.shape[1])
+            dx = start_reduce_scatter(partial, ctx.axis) if ctx.sequence_parallel else start_all_reduce(partial, ctx.axis)
+        if wants_dw:
+            dw = dy_2d.t() @ gathered.wait().reshape(-1, weight.shape[1])
+        db = dy_2d.sum(0) if wants_db else None
+        return dx.wait() if dx is not None else None, dw, db, None, None
+
+
+class ColumnParallelLinear(nn.Module):
+    """A linear layer whose output features are split over the tensor-parallel ranks, possibly several fused into one.
+
+    Args:
+        in_features: input size D.
+        outputs: output size; or canonical name -> size of several layers fused into one ([q; k; v], [gate; up]).
+        axis: the tensor-parallel axis; each output size must be divisible by its size.
+        bias: whether there is one, for all outputs.
+        sequence_parallel: the input is this rank's [S / T, B, D] and is gathered.
+        replicas: canonical name -> ranks that hold the same rows of it (kv heads fewer than ranks).
+        init_std: standard deviation of the initial weights.
+
+    Forward: [S, B, D] -> [S, B, sum(outputs) / T], this rank's part of each output after one another.
+
+    Example:
+        ColumnParallelLinear(16, 32)(torch.randn(4, 1, 16)).shape == (4, 1, 32)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        outputs: int | Mapping[str, int],
+        axis: Axis = ONE_RANK,
+        *,
+        bias: bool = True,
+        sequence_parallel: bool = False,
+        replicas: Mapping[str, int] | None = None,
+        init_std: float = 0.02,
+        factory: Factory | None = None,
+        name: str = "linear",
+    ) -> None:
+        super().__init__()
+        self.axis, self.sequence_parallel = axis, sequence_parallel
+        factory = factory or Factory()
+        outputs = {name: outputs} if isinstance(outputs, int) else outputs
+        held = {name: (replicas or {}).get(name, 1) for name in outputs}
+
+        def pieces(kind: str, *trailing: int, **facts: float | bool) -> list[Piece]:
+            return [
+                split(f"{name}.{kind}", (size, *trailing), axis.rank // held[name], axis.size // held[name])
+                .with_replicas(axis.rank % held[name], held[name], partial=True)
+                .with_facts(**facts)
+                for name, size in outputs.items()
+            ]
+
+        self.weight = factory.parameter(pieces("weight", in_features, init_std=init_std))
+        self.bias = factory.parameter(pieces("bias", decay=False)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Linear.apply(x, self.weight, self.bias, self.axis, self.sequence_parallel)
+
+
+class RowParallelLinear(nn.Module):
+    """A linear layer whose input features are split over the tensor-parallel ranks; outputs are summed over them.
+
+    Args:
+        in_features: whole input size; must be divisible by the axis's size T.
+        out_features: output size D.
+        axis: the tensor-parallel axis.
+        bias: whether there is one; added once, after the sum.
+        sequence_parallel: the output is this rank's [S / T, B, D].
+
+    Forward: [S, B, in_features / T] -> [S, B, D], or [S / T, B, D] with sequence parallelism.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        axis: Axis = ONE_RANK,
+        *,
+        bias: bool = True,
+        sequence_parallel: bool = False,
+        init_std: float = 0.02,
+        factory: Factory | None = None,
+        name: str = "linear",
+    ) -> None:
+        super().__init__()
+        self.axis, self.sequence_parallel = axis, sequence_parallel
+        factory = factory or Factory()
+        weight = split(f"{name}.weight", (out_features, in_features), axis.rank, axis.size, dim=1)
+        self.weight = factory.parameter([weight.with_facts(init_std=init_std)])
+        self.bias = (
+            factory.parameter([replicated(f"{name}.bias", (out_features,), axis, partial=sequence_parallel)]) if bias else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _Linear.apply(x, self.weight, None, ONE_RANK, False)
+        y = scatter_to(y, self.axis) if self.sequence_parallel else reduce_from(y, self.axis)
+        return y if self.bias is None else y + self.bias
+
+
+class VocabParallelEmbedding(nn.Module):
+    """An embedding whose rows (the vocabulary) are split over the tensor-parallel ranks.
+
+    Args:
+        num_embeddings: rows; must be divisible by the axis's size T.
+        embedding_dim: D.
+        sequence_parallel: the output is this rank's [S / T, B, D].
+
+    Forward: token ids int64 [S, B] -> [S, B, D], or [S / T, B, D] with sequence parallelism.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        axis: Axis = ONE_RANK,
+        *,
+        sequence_parallel: bool = False,
+        init_std: float = 0.02,
+        factory: Factory | None = None,
+        name: str = "embedding",
+    ) -> None:
+        super().__init__()
+        self.axis, self.sequence_parallel = axis, sequence_parallel
+        piece = split(f"{name}.weight", (num_embeddings, embedding_dim), axis.rank, axis.size)
+        self.weight = (factory or Factory()).parameter([piece.with_facts(init_std=init_std)])
+        self.first_row = piece.box.start[0]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.axis.size == 1:
+            return F.embedding(tokens, self.weight)
+        local = tokens - self.first_row
+        elsewhere = (local < 0) | (local >= self.weight.shape[0])
+        x = F.embedding(local.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere[..., None], 0)
+        return scatter_to(x, self.axis) if self.sequence_parallel else reduce_from(x, self.axis)
+
+
+def replicated(name: str, shape: tuple[int, ...], axis: Axis, *, partial: bool, init_mean: float = 0.0) -> Piece:
+    """The piece of a vector that every tensor-parallel rank holds whole (norm weights, row-parallel biases).
+
+    Args:
+        partial: each rank's gradient is only its own share of the sum.
+    """
+    return whole(name, shape).with_replicas(axis.rank, axis.size, partial).with_facts(init_mean=init_mean, decay=False)

@@ -1,0 +1,82 @@
+"""RMSNorm (arXiv 1910.07467) and LayerNorm (arXiv 1607.06450) over the last dim, as Functions that save their input,
+its statistics (fp32, one or two numbers a row) and the weight. Statistics and sums are computed in fp32 or wider."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megasp.model.init import Factory
+from megasp.model.layers import ONE_RANK, replicated
+from megasp.parallel_state import Axis
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        rstd = mean_square.add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        return (wide * rstd).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, rstd = ctx.saved_tensors
+        normed = x * rstd
+        dy = dy.to(normed.dtype)
+        dweight = torch.einsum("...d,...d->d", dy, normed)
+        dnormed = dy * weight
+        projection = torch.linalg.vecdot(dnormed, normed).unsqueeze(-1).div_(x.shape[-1])
+        return dnormed.addcmul_(normed, projection, value=-1).mul_(rstd).to(x.dtype), dweight.to(weight.dtype), None
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, epsilon)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        return *torch.ops.aten.native_layer_norm_backward(
+            dy.contiguous(), x, weight.shape, mean, rstd, weight, bias, [True, True, True]
+        ), None
+
+
+class Norm(nn.Module):
+    """The norm of a model, its weights held whole by every tensor-parallel rank.
+
+    Args:
+        kind: "RMSNorm" or "LayerNorm" (with bias).
+        size: length of the last dim.
+        partial: this rank's gradient of the weights is only a share (its part of the sequence, or of the heads).
+
+    Forward: [..., size] -> [..., size].
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        size: int,
+        epsilon: float = 1e-5,
+        axis: Axis = ONE_RANK,
+        *,
+        partial: bool = False,
+        factory: Factory | None = None,
+        name: str = "norm",
+    ) -> None:
+        super().__init__()
+        factory = factory or Factory()
+        self.epsilon = epsilon
+        self.weight = factory.parameter([replicated(f"{name}.weight", (size,), axis, partial=partial, init_mean=1.0)])
+        self.bias = None
+        if kind == "LayerNorm":
+            self.bias = factory.parameter([replicated(f"{name}.bias", (size,), axis, partial=partial)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return _RMSNorm.apply(x, self.weight, self.epsilon)
+        return _LayerNorm.apply(x, self.weight, self.bias, self.epsilon)

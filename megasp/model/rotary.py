@@ -1,0 +1,75 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864), in the half-split convention of GPT-NeoX and Llama, with
+Llama 3.1's frequency scaling (arXiv 2407.21783; the numbers are those of its released configuration)."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megasp.config.schema import ModelConfig
+
+LLAMA3_LOW_FREQUENCY_FACTOR = 1.0
+LLAMA3_HIGH_FREQUENCY_FACTOR = 4.0
+LLAMA3_ORIGINAL_CONTEXT = 8192
+
+
+def frequencies(config: ModelConfig) -> Tensor:
+    """Radians per position of each rotating pair of channels, fp64 [rotary channels / 2]."""
+    channels = int(config.head_dim * config.rotary_percent) // 2 * 2
+    inverse = config.rotary_base ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+    if not config.use_rope_scaling:
+        return inverse
+    # Wavelengths above the original context are stretched by the factor, short ones kept, those between blended.
+    wavelength = 2 * math.pi / inverse
+    low, high = LLAMA3_LOW_FREQUENCY_FACTOR, LLAMA3_HIGH_FREQUENCY_FACTOR
+    kept = ((LLAMA3_ORIGINAL_CONTEXT / wavelength - low) / (high - low)).clamp(0, 1)
+    return inverse * (kept + (1 - kept) / config.rope_scaling_factor)
+
+
+def cos_sin(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Tables for int64 positions [S] -> cos, sin [S, 1, 1, rotary channels / 2] in `dtype`.
+
+    Angles are computed in fp64: at a million tokens fp32 is off by several degrees.
+    """
+    angles = positions.double()[:, None] * frequencies(config).to(positions.device)
+    return angles.cos().to(dtype)[:, None, None, :], angles.sin().to(dtype)[:, None, None, :]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Rotate the leading channels of every head of `x` [S, B, N, H] into `out`; both may be the same tensor."""
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    rotated = first * cos - second * sin
+    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
+    out[..., :half].copy_(rotated)
+
+
+class _RotateInPlace(torch.autograd.Function):
+    """Rotates the first `heads` heads of the fused [S, B, heads * H] in place; saves the tables alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, heads: int, head_dim: int, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(cos, sin)
+        ctx.heads, ctx.head_dim = heads, head_dim
+        rotating = x.view(*x.shape[:2], -1, head_dim)[:, :, :heads]
+        _rotate(rotating, cos, sin, rotating)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        dx = dy.clone(memory_format=torch.contiguous_format)
+        rotating = dx.view(*dx.shape[:2], -1, ctx.head_dim)[:, :, : ctx.heads]
+        _rotate(rotating, cos, -sin, rotating)
+        return dx, None, None, None, None
+
+
+def rotate_(x: Tensor, heads: int, head_dim: int, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the first `heads` heads of `x` [S, B, heads' * H] in place (no copy is kept) and return it.
+
+    Args:
+        table: `cos_sin` of the positions that this rank holds.
+    """
+    return _RotateInPlace.apply(x, heads, head_dim, *table)
