@@ -21,6 +21,10 @@ from torch import Tensor
 
 from megasp.parallel_state import Axis
 
+# torch 2.13 renamed them.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Pending:
     """A collective on its way. `wait()` returns the result; work placed before it overlaps the transfer."""
@@ -44,7 +48,7 @@ def start_all_gather(x: Tensor, axis: Axis) -> Pending:
     x = x.contiguous()
     axis.traffic.add("all_gather", x.nbytes * (axis.size - 1))
     out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
-    return Pending(out, dist.all_gather_into_tensor(out, x, group=axis.group, async_op=True))
+    return Pending(out, _all_gather(out, x, group=axis.group, async_op=True))
 
 
 def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
@@ -60,7 +64,7 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
     rows = x.shape[0] // axis.size
     if dist.get_backend(axis.group) != "gloo":
         out = x.new_empty((rows, *x.shape[1:]))
-        return Pending(out, dist.reduce_scatter_tensor(out, x, group=axis.group, async_op=True))
+        return Pending(out, _reduce_scatter(out, x, group=axis.group, async_op=True))
     received = torch.empty_like(x)
     work = dist.all_to_all_single(received, x, group=axis.group, async_op=True)
     accumulate = torch.promote_types(x.dtype, torch.float32)

@@ -17,6 +17,9 @@ class UserError(Exception):
         super().__init__(f"{got}: {rule}; {fix}" + ("" if fix.endswith(("?", ".")) else "."))
         self.got, self.rule, self.fix = got, rule, fix
 
+    def __reduce__(self) -> tuple[type["UserError"], tuple[str, str, str]]:
+        return type(self), (self.got, self.rule, self.fix)  # so that it passes between processes
+
 
 class ConfigError(UserError):
     """A flag, a YAML entry or a combination of them that cannot work."""

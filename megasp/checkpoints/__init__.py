@@ -1,7 +1,9 @@
 """One checkpoint for any layout: safetensors per rank, a manifest of boxes, no pickle.
 
-    directory = save(Path("ckpt"), step, shards, state, {"config": dataclasses.asdict(config)})
-    manifest = load(Path("ckpt"), shards)     # in this layout or any other
+    directory = save("ckpt", step, shards, state, {"config": dataclasses.asdict(config)})
+    manifest = load("ckpt", shards)
+
+The layout that loads may be any other than the one that saved.
 """
 
 from megasp.checkpoints.manifest import Manifest, Shard, find_latest, read_manifest

@@ -154,35 +154,45 @@ def merge(parts: Sequence[Part]) -> Part:
     """Tensors and files of all ranks, from those of each.
 
     Raises:
-        ValueError: ranks disagree about a tensor, or their boxes do not tile it.
+        ValueError: ranks disagree about a tensor, or their boxes do not add up to it.
     """
-    dtypes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    facts: dict[str, tuple[str, tuple[int, ...]]] = {}
     boxes: dict[str, list[StoredBox]] = {}
     files: dict[str, StoredFile] = {}
     for tensors, own_files in parts:
         files |= own_files
         for name, tensor in tensors.items():
-            found = dtypes.setdefault(name, (tensor.dtype, tensor.shape))
+            found = facts.setdefault(name, (tensor.dtype, tensor.shape))
             if found != (tensor.dtype, tensor.shape):
                 raise ValueError(f"{name} is {found} on one rank and {(tensor.dtype, tensor.shape)} on another")
             boxes.setdefault(name, []).extend(tensor.boxes)
     for name, stored in boxes.items():
-        written, needed = sum(part.box.numel for part in stored), math.prod(dtypes[name][1])
+        written, needed = sum(part.box.numel for part in stored), math.prod(facts[name][1])
         if written != needed:
             raise ValueError(f"the ranks together hold {written} elements of {name}, which has {needed}")
-    return {name: StoredTensor(*dtypes[name], tuple(stored)) for name, stored in boxes.items()}, files
+    return {name: StoredTensor(*facts[name], tuple(stored)) for name, stored in boxes.items()}, files
 
 
 def directory_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def find_latest(root: Path) -> Path | None:
+def find_latest(root: Path | str) -> Path | None:
     """The checkpoint that `root/latest` names, or the one of the highest step where that is missing or not complete.
 
     `root` may be a checkpoint itself. None when there is none.
+
+    Raises:
+        CheckpointError: the directory may not be read.
     """
-    root = Path(root)
+    try:
+        return _find_latest(Path(root))
+    except OSError as error:
+        rule = f"the directory must be readable ({error.strerror})"
+        raise CheckpointError(f"--load {root}", rule, "check its permissions") from None
+
+
+def _find_latest(root: Path) -> Path | None:
     if (root / MANIFEST).is_file():
         return root
     if not root.is_dir():
@@ -195,7 +205,7 @@ def find_latest(root: Path) -> Path | None:
     return next((root / name for name in names if (root / name / MANIFEST).is_file()), None)
 
 
-def resolve(root_or_dir: Path) -> Path:
+def resolve(root_or_dir: Path | str) -> Path:
     """The checkpoint's directory that a --load path means.
 
     Raises:
@@ -203,12 +213,12 @@ def resolve(root_or_dir: Path) -> Path:
     """
     found = find_latest(root_or_dir)
     if found is None:
-        rule = f"it must be a directory with {directory_name(100)} or the like in it, which has a {MANIFEST} once complete"
+        rule = f"a complete one is a directory such as {directory_name(100)} with a {MANIFEST}"
         raise CheckpointError(f"no checkpoint in {root_or_dir}", rule, "check --load")
     return found
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Path | str) -> Manifest:
     """The manifest of a checkpoint's directory.
 
     Raises:
@@ -218,7 +228,8 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         return Manifest.from_json(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing", "a checkpoint counts only with its manifest", "load another one") from None
+        rule = "a checkpoint counts only with its manifest"
+        raise CheckpointError(f"{path} is missing", rule, "load another one") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read", str(error.strerror), "check its permissions") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -9,6 +9,7 @@ Only what is needed is read, straight into its place; a file that is read is che
 """
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -47,8 +48,8 @@ SAME_MODEL = (
 )
 """Attributes of `ModelConfig` that make another model: other tensors, or another function of the same ones."""
 
-SAME_POSITIONS = ("rotary_base", "rotary_percent", "use_rope_scaling", "rope_scaling_factor", "norm_epsilon")
-"""Attributes that a run may change on purpose, to continue at longer context."""
+MAY_CHANGE = ("rotary_base", "rotary_percent", "use_rope_scaling", "rope_scaling_factor", "norm_epsilon")
+"""Attributes that a run may change on purpose, as to continue at longer context: said, not refused."""
 
 
 class CheckpointReader:
@@ -73,13 +74,13 @@ class CheckpointReader:
         """
         name = f"{kind}/{piece.name}"
         tensor = self.manifest.tensors.get(name)
-        if tensor is None and not any(key.startswith(f"{kind}/") for key in self.manifest.tensors):
+        if tensor is None and kind != "model" and not any(key.startswith(f"{kind}/") for key in self.manifest.tensors):
             rule = "it was saved without the optimizer's state"
             raise CheckpointError(f"{self.directory} holds no {kind}", rule, "add --no-load-optim or --finetune")
         if tensor is None or tensor.shape != piece.shape:
-            got = "missing" if tensor is None else f"{list(tensor.shape)} in the checkpoint and {list(piece.shape)} here"
+            shapes = f"{list(tensor.shape)} there and {list(piece.shape)} here" if tensor else "missing"
             raise CheckpointError(
-                f"{self.directory} is a checkpoint of another model ({name} is {got})",
+                f"{self.directory} is a checkpoint of another model ({name} is {shapes})",
                 "every tensor of the model must be there with its shape",
                 f"use the flags of its run, such as {_model_flags(self.manifest)}",
             )
@@ -121,17 +122,20 @@ class CheckpointReader:
 
     def _check(self, name: str) -> None:
         """Compare a file with the manifest: it exists, has its size and, if asked for, its hash."""
-        path, expected = self.directory / name, self.manifest.files.get(name)
-        if expected is None or not path.is_file():
-            raise self._damaged(name, "is missing")
-        size = path.stat().st_size
-        if size != expected.bytes:
-            raise self._damaged(name, f"has {size} bytes where the manifest says {expected.bytes}")
-        if self.verify_hashes:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != expected.sha256:
-                raise self._damaged(name, "does not have the SHA-256 that the manifest says")
+        expected = self.manifest.files.get(name)
+        if expected is None:
+            raise self._damaged(name, "is not in the manifest's list of files")
+        try:
+            with (self.directory / name).open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != expected.bytes:
+                    raise self._damaged(name, f"has {size} bytes where the manifest says {expected.bytes}")
+                if self.verify_hashes and hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
+                    raise self._damaged(name, "does not have the SHA-256 that the manifest says")
+        except FileNotFoundError:
+            raise self._damaged(name, "is missing") from None
+        except OSError as error:
+            raise self._damaged(name, f"cannot be read ({error.strerror})") from None
 
     def _damaged(self, name: str, what: str) -> CheckpointError:
         rule = "every file must be as it was written"
@@ -139,7 +143,7 @@ class CheckpointReader:
 
 
 @torch.no_grad()
-def load(root_or_dir: Path, shards: Sequence[Shard], verify_hashes: bool = True) -> Manifest:
+def load(root_or_dir: Path | str, shards: Sequence[Shard], verify_hashes: bool = True) -> Manifest:
     """Fill the shards' tensors in place from a checkpoint of any layout, bit for bit where dtypes are equal.
 
     Only tensors of kind "model" may have another floating dtype than the checkpoint.
@@ -189,11 +193,11 @@ def check_same_model(manifest: Manifest, model: ModelConfig) -> None:
     saved = saved_model(manifest)
     if saved is None:
         return
-    for name in (*SAME_MODEL, *SAME_POSITIONS):
+    for name in (*SAME_MODEL, *MAY_CHANGE):
         there, here = getattr(saved, name), getattr(model, name)
         if there == here:
             continue
-        if name in SAME_POSITIONS:
+        if name in MAY_CHANGE:
             log.warning(f"{name} was {there} in the checkpoint's run and is {here} now")
             continue
         raise CheckpointError(

@@ -1,8 +1,8 @@
 """Write a safetensors file tensor by tensor, hashed on the way. (Reading is the safetensors package's.)
 
-Unlike `safetensors.torch.save_file` it holds one tensor at a time, takes views of any stride and device, and returns the
-SHA-256 of what it wrote without reading it again. The format: eight bytes with the header's length, the header (JSON),
-the tensors' bytes without gaps. https://huggingface.co/docs/safetensors
+Unlike `safetensors.torch.save_file` it holds one tensor at a time, takes views of any stride and device, and returns
+the SHA-256 of what it wrote without reading it again. The format: eight bytes with the header's length, the header
+(JSON), the tensors' bytes without gaps. https://huggingface.co/docs/safetensors
 """
 
 import hashlib
@@ -103,4 +103,4 @@ def _header(entries: Sequence[Entry]) -> bytes:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """The elements in row-major order, little-endian as on every machine that PyTorch supports."""
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

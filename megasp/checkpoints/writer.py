@@ -37,7 +37,7 @@ from megasp.parameters import placed
 T = TypeVar("T")
 
 
-def save(root: Path, step: int, shards: Sequence[Shard], state: ParallelState, metadata: dict[str, Any]) -> Path:
+def save(root: Path | str, step: int, shards: Sequence[Shard], state: ParallelState, metadata: dict[str, Any]) -> Path:
     """Write the checkpoint of one step. Every rank calls it.
 
     Args:
@@ -64,11 +64,12 @@ def save(root: Path, step: int, shards: Sequence[Shard], state: ParallelState, m
         if state.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         rule = "a checkpoint counts only when all ranks have written it, so nothing of it is kept"
-        raise CheckpointError(f"saving {final} failed: {failed}", rule, f"check the space and permissions of {root}") from None
+        fix = f"check the space and permissions of {root}"
+        raise CheckpointError(f"saving {final} failed on {failed}", rule, fix) from None
     return final
 
 
-def check_writable(root: Path) -> None:
+def check_writable(root: Path | str) -> None:
     """Refuse a directory in which no checkpoint could be written, before anything is trained. Makes it if need be.
 
     Raises:
@@ -142,30 +143,34 @@ def _write_shards(partial: Path, shards: Sequence[Shard], rank: int) -> Part:
 
 
 def _publish(partial: Path, final: Path, manifest: Manifest) -> None:
-    """Complete the directory and make it the latest checkpoint."""
+    """Complete the directory and make it the latest checkpoint. Renames come last: they cannot run out of space."""
     for name, file in manifest.files.items():
         path = partial / name
         if not path.is_file() or path.stat().st_size != file.bytes:
-            raise OSError(0, "rank 0 does not see what another rank wrote; all ranks must share the file system", str(path))
+            raise OSError(0, "another rank's file is not here, so --save is not on a shared file system", str(path))
     _write_text(partial / MANIFEST, manifest.to_json())
+    _write_text(partial / LATEST, final.name + "\n")
+    _sync_directory(partial)
     replaced = final.with_name(final.name + ".replaced")
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     partial.rename(final)
-    _write_text(final.parent / LATEST, final.name + "\n")
+    (final / LATEST).replace(final.parent / LATEST)
+    _sync_directory(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Put a small file in place, durable with everything that was done in its directory before."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
+
+
+def _sync_directory(path: Path) -> None:
+    """Make durable which names are in a directory."""
+    directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:

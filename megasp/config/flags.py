@@ -79,7 +79,7 @@ def _argument(field: dataclasses.Field[Any], hint: Any, required: bool) -> dict[
     arguments["help"] = help_text + "".join(f" (default: {item})" for item in shown)
     item_type = _item_type(hint)
     if typing.get_origin(hint) is tuple or _optional(hint) is not None and typing.get_origin(_optional(hint)) is tuple:
-        arguments["nargs"] = "+"
+        arguments |= {"nargs": "+", "action": "extend"}  # `--x a b` and `--x a --x b` say the same
     arguments["type"] = item_type
     arguments["choices"] = field.metadata["choices"]
     arguments["metavar"] = field.metadata["metavar"] or (None if field.metadata["choices"] else _metavar(item_type))

@@ -46,7 +46,7 @@ class Dataset(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Changes whenever samples would."""
+        """An id of the tokens that samples are cut from (not of how: seed and seq_length are the caller's)."""
         ...
 
 

@@ -84,7 +84,7 @@ class IndexedDataset:
         fix = "make the dataset again with `megasp preprocess`"
         if self._index[:8] == b"TNTIDX\x00\x00":
             raise DataError(f"{path} is in fairseq's legacy format (TNTIDX)", "only MMIDIDX files are read", fix)
-        if self._index[:9] != MAGIC[: min(size, 9)] or size == 0:
+        if not size or self._index[:9] != MAGIC[:size]:
             raise DataError(f"{path} starts with {self._index[:9]!r}", f"an index starts with {MAGIC!r}", fix)
         if size < HEADER.size:
             raise DataError(f"{path} is truncated at {size} bytes", f"its header has {HEADER.size}", fix)

@@ -8,10 +8,10 @@ Results are taken in the order of the input, so the output is the same for any n
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
@@ -73,6 +73,9 @@ def run(options: Options) -> int:
         DataError: bad input (see `texts_of`), an id beyond the vocabulary, no document at all, output that exists or
             cannot be written. No output is left behind.
     """
+    for name, value in (("--workers", options.workers), ("--log-interval", options.log_interval)):
+        if value is not None and value < 1:
+            raise DataError(f"{name} is {value}", "it must be at least 1", f"use {name} 1 or more, or leave it out")
     _tokenizer.cache_clear()
     dtype = best_dtype(_tokenizer(options).vocab_size)
     files = find_files(options.input, options.extensions)
@@ -90,8 +93,10 @@ def run(options: Options) -> int:
     if totals.empty:
         log.warning(f"left out {totals.empty:,} empty documents")
     megabytes, seconds = totals.raw_bytes / 1e6, time.perf_counter() - start
-    written = sum(builder.num_documents for builder in builders)
-    log.info(f"{written:,} documents, {totals.tokens:,} tokens, {megabytes:,.1f} MB at {megabytes / seconds:.1f} MB/s")
+    log.info(
+        f"{totals.documents - totals.bad:,} documents ({megabytes:,.1f} MB) gave {totals.tokens:,} tokens"
+        f" in {seconds:.0f} s, {megabytes / seconds:.1f} MB/s"
+    )
     for prefix in prefixes:
         log.info(f"wrote {prefix}.bin and .idx; next: megasp data inspect {prefix}")
     return 0
@@ -100,8 +105,10 @@ def run(options: Options) -> int:
 def _write(options: Options, files: Sequence[Path], builders: Sequence[IndexedDatasetBuilder]) -> Totals:
     """Add the documents of all files to the builders (one per key), with progress."""
     totals = Totals()
-    with log.progress(None, "tokenizing", sum(file.stat().st_size for file in files), "B") as bar:
-        for encoded in _encode_all(options, _batches(read_documents(files))):
+    size = sum(file.stat().st_size for file in files)
+    results = closing(_encode_all(options, _batches(read_documents(files))))  # an error must end the pool at once
+    with log.progress(None, "tokenizing", size, "B") as bar, results as all_encoded:
+        for encoded in all_encoded:
             totals.documents += 1
             totals.raw_bytes += encoded.raw_bytes
             if totals.documents % options.log_interval == 0:
@@ -135,9 +142,9 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _encode_all(options: Options, batches: Iterable[list[Document]]) -> Iterator[Encoded]:
+def _encode_all(options: Options, batches: Iterable[list[Document]]) -> Generator[Encoded, None, None]:
     """`encode` all batches by `options.workers` processes, in order, with at most two batches each in flight."""
-    workers = options.workers or os.cpu_count() or 1
+    workers = options.workers or _cpus()
     if workers == 1:
         for batch in batches:
             yield from encode(options, batch)
@@ -156,6 +163,11 @@ def _encode_all(options: Options, batches: Iterable[list[Document]]) -> Iterator
         raise DataError(got, "all of them must fit in memory", "use fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _cpus() -> int:
+    """CPUs that this process may use (macOS knows only how many there are)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _use_one_thread() -> None:

@@ -54,6 +54,8 @@ class HuggingFaceTokenizer:
         except Exception as error:  # the backend raises bare Exception for every malformed file
             rule = f"it must be a Hugging Face tokenizer.json ({error})"
             raise DataError(f"{file} cannot be read", rule, "check the file") from None
+        self._backend.no_truncation()  # files of encoder models ask for it; it would cut documents short
+        self._backend.no_padding()
         self.vocab_size = 1 + max(self._backend.get_vocab().values(), default=-1)  # ids may have gaps
         candidates = [eod_token] if eod_token else [*_eos_token(file.with_name("tokenizer_config.json")), *END_OF_TEXT]
         ids = [self._backend.token_to_id(token) for token in candidates]
@@ -72,7 +74,10 @@ class HuggingFaceTokenizer:
 
 def _eos_token(config: Path) -> list[str]:
     """The eos_token that a tokenizer_config.json names, if there is one."""
-    token = json.loads(config.read_text("utf-8")).get("eos_token") if config.is_file() else None
+    try:
+        token = json.loads(config.read_bytes()).get("eos_token") if config.is_file() else None
+    except ValueError as error:
+        raise DataError(f"{config} cannot be read", f"it must be JSON ({error})", "mend or remove it") from None
     token = token.get("content") if isinstance(token, dict) else token
     return [token] if token else []
 

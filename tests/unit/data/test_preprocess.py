@@ -130,6 +130,7 @@ def test_bad_arguments_leave_nothing_behind(tmp_path):
         ("no documents at all in .*--extensions", [tmp_path / "empty"], {}),
         ("no documents at all for .*1 read", [blank], {"name": "blank"}),
         ("cannot write to .*a.jsonl", [source], {"name": "a.jsonl/x"}),
+        ("--workers is -1", [source], {"workers": -1}),
         ("no tokenizer is named", [source], {"tokenizer_type": None}),
         ("no tokenizer at", [source], {"tokenizer_type": None, "tokenizer_model": str(tmp_path / "none.json")}),
     ]:

@@ -33,6 +33,16 @@ def test_agrees_with_transformers(trained):
     assert [ids.tolist() for ids in ours.encode_batch(TEXTS)] == theirs(TEXTS, add_special_tokens=False)["input_ids"]
 
 
+def test_truncation_and_padding_of_the_file_are_ignored(trained, tmp_path):
+    settings = json.loads(trained.read_text())
+    settings["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    settings["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None}
+    settings["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    tokenizer = HuggingFaceTokenizer(tmp_path)
+    assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(TEXTS)] == TEXTS
+
+
 def test_training_reads_json_lines_and_refuses_to_overwrite(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"body": "hello hello hello"}) + "\n{broken\n")
     options = {"vocab_size": 260, "output": str(tmp_path / "new" / "tok.json"), "json_keys": ("body",)}

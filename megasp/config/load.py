@@ -1,0 +1,132 @@
+"""Reads a run's configuration: defaults, then `--model PRESET`, then `--config FILE.yaml`, then flags; the last wins."""
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megasp.config.flags import Parser, add_flags, build, flag, option_string, read_yaml
+from megasp.config.megatron_flags import ALIASES, ALWAYS_ON, REFUSED
+from megasp.config.presets import PRESETS
+from megasp.config.schema import Config
+from megasp.errors import ConfigError
+
+GROUPS: dict[str, type] = {name: hint for name, hint in typing.get_type_hints(Config).items() if name != "__doc__"}
+"""Field of `Config` -> its dataclass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Configuration."""
+
+    model: str | None = flag(None, "start from a known architecture", choices=tuple(PRESETS))
+    config: str | None = flag(None, "YAML file of `flag-name: value` lines; flags win over it", metavar="FILE")
+    print_config: bool = flag(False, "print the effective configuration as YAML, and stop")
+
+
+def parser(prog: str, description: str, extra: Sequence[type] = ()) -> Parser:
+    """A parser of every flag of a run, and those of `extra` dataclasses."""
+    made = Parser(
+        prog=prog,
+        description=description,
+        refused=REFUSED,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for group in (Source, *extra, *GROUPS.values()):
+        add_flags(made, group)
+    return made
+
+
+def load(
+    argv: Sequence[str], parser: Parser, extra: type | None = None, defaults: Mapping[str, Any] | None = None
+) -> tuple[Config, Source, Any, list[str]]:
+    """The configuration that a command line says.
+
+    Args:
+        extra: a dataclass of the command's own flags.
+        defaults: field name -> value, where a command has other defaults than pretraining.
+    Returns:
+        The configuration, where it came from, an instance of `extra`, and what to tell the user about flags that
+        megasp needs not.
+    """
+    argv, notes = _without_always_on(argv)
+    given = vars(parser.parse_args(argv))
+    source = build(Source, given)
+    values: dict[str, Any] = dict(defaults or {}) | (PRESETS[source.model] if source.model else {})
+    if source.config:
+        from_file = read_yaml(Path(source.config), (_PresetKey, *GROUPS.values()), REFUSED)
+        if "model" in from_file:
+            values |= PRESETS[from_file["model"]] | (PRESETS[source.model] if source.model else {})
+        values |= from_file
+    values |= given
+    return from_values(values), source, build(extra, given) if extra else None, notes
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PresetKey:
+    """The one key of a YAML file that is no field of the configuration."""
+
+    model: str | None = flag(None, "preset", choices=tuple(PRESETS))
+
+
+def from_values(values: dict[str, Any]) -> Config:
+    """A configuration from field name -> value."""
+    return Config(**{name: build(group, values) for name, group in GROUPS.items()})
+
+
+def _without_always_on(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments without Megatron-LM's flags for what is always so here, aliases written out; and what was said."""
+    kept: list[str] = []
+    notes: list[str] = []
+    rest = list(argv)
+    while rest:
+        name, *value = rest.pop(0).split("=", 1)
+        if name in ALIASES:
+            kept += ALIASES[name]
+        elif name in ALWAYS_ON:
+            arity, sentence = ALWAYS_ON[name]
+            notes.append(f"{name}: {sentence}")
+            count = {"+": len(rest)}.get(arity, arity) if not value else 0  # type: ignore[call-overload]
+            while count and rest and not rest[0].startswith("--"):
+                rest.pop(0)
+                count -= 1
+        else:
+            kept.append("=".join([name, *value]))
+    return kept, notes
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as a file that `--config` reads back, grouped, values that were not given left out."""
+    lines = []
+    for name, group in GROUPS.items():
+        part = getattr(config, name)
+        values = {
+            option_string(field).lstrip("-"): _plain(field, getattr(part, field.name))
+            for field in dataclasses.fields(group)
+            if getattr(part, field.name) not in (None, ())
+        }
+        lines.append(f"# {name}\n" + yaml.safe_dump(values, sort_keys=False))
+    return "\n".join(lines)
+
+
+def _plain(field: dataclasses.Field[Any], value: Any) -> Any:
+    if field.metadata["off"]:
+        return not value
+    return list(value) if isinstance(value, tuple) else value
+
+
+def from_dict(groups: dict[str, dict[str, Any]]) -> Config:
+    """The inverse of `dataclasses.asdict`, for checkpoints; entries of other versions are refused by name."""
+    values: dict[str, Any] = {}
+    for name, entries in groups.items():
+        known = {field.name for field in dataclasses.fields(GROUPS[name])} if name in GROUPS else set()
+        unknown = sorted(entries.keys() - known)
+        if unknown:
+            raise ConfigError(f"stored configuration has {name}.{unknown[0]}", "this version does not know it", "update megasp")
+        values |= entries
+    return from_values(values)

@@ -1,0 +1,158 @@
+"""Megatron-LM's flags for GPT pretraining that megasp's dataclasses do not have, so that launch scripts keep running.
+
+Three tables answer every one of them: `ALIASES` says the same in megasp's flags, `ALWAYS_ON` takes the flag and tells
+the user why nothing changes, `REFUSED` gives the reason. Nothing that would change a result is taken and ignored.
+The flags are those of Megatron-LM's `megatron/training/arguments.py` of 2025, and older ones that scripts still carry.
+"""
+
+from collections.abc import Sequence
+
+from megasp.config.megatron_refused import REFUSED
+from megasp.errors import ConfigError
+
+__all__ = ["ALIASES", "ALWAYS_ON", "ONLY", "REFUSED", "translate"]
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    "--use-rotary-position-embeddings": ("--position-embedding-type", "rope"),
+    "--no-position-embedding": ("--position-embedding-type", "rope"),  # Megatron-LM takes it with rope alone
+    "--encoder-num-layers": ("--num-layers",),
+    "--encoder-seq-length": ("--seq-length",),
+    "--layernorm-epsilon": ("--norm-epsilon",),
+    "--persistent-save-interval": ("--save-interval",),
+}
+"""flag -> megasp's flags for it. A value follows the last of them."""
+
+_KERNELS = "kernels are chosen by what the machine has and compute the same function (--attention-backend names one)"
+_MCORE = "there is one implementation of the model, and it is megasp's own"
+_GARBAGE = "it tunes Megatron-LM's memory housekeeping; results do not depend on it"
+_NO_INDEX = "no sample index is built or cached: the order of samples is computed"
+_RESHARD = "every rank writes its own file, in parallel, and any layout loads it"
+_METRICS = "it is always in the metrics file and in TensorBoard"
+_CONSTANT = "it does not change in a run, and stands in the stored configuration"
+_SCHEDULE = "the learning rate is a function of the step and of this run's flags"
+_DENSE = "models are dense, which is what this value asks for"
+_DEFAULT = "this value is what megasp does"
+_TRANSFERS = "tensor-parallel transfers of the backward always overlap the weight-gradient GEMMs"
+_LOSS = "the output layer and its loss are always one fused function"
+_PER_LAYER = "--recompute-granularity full recomputes layer by layer"
+_TIMES = "the time of a step is the only one reported"
+
+_ACCEPTED: tuple[tuple[int, str, str], ...] = (
+    # values, what megasp does, flags
+    # Communication
+    (0, "gradient reduction always overlaps the backward", "--overlap-grad-reduce"),
+    (0, _TRANSFERS, "--tp-comm-overlap"),
+    (0, _TRANSFERS, "--no-async-tensor-model-parallel-allreduce --async-tensor-model-parallel-allreduce"),
+    (0, "there are no groups but those of --distributed-backend", "--disable-gloo-process-groups"),
+    (1, "ranks come from the launcher's environment variables", "--local-rank"),
+    (1, _DEFAULT, "--data-parallel-sharding-strategy --num-distributed-optimizer-instances"),
+    # Precision
+    (0, "gradients are always accumulated and reduced in fp32", "--accumulate-allreduce-grads-in-fp32"),
+    (0, "the softmax of attention is always computed in fp32", "--attention-softmax-in-fp32"),
+    (0, "the loss is always the mean over the global batch's target tokens", "--calculate-per-token-loss"),
+    (0, "there is no loss scale: bf16 does not need one", "--no-log-loss-scale-to-tensorboard"),
+    # Kernels and the model's implementation
+    (0, "flash attention runs wherever it can", "--use-flash-attn --use-flash-attn-v2"),
+    (1, _MCORE, "--transformer-impl"),
+    (0, _MCORE, "--use-mcore-models"),
+    # Megatron-LM's unfused kernel computes the other form, erf: up to 5e-4 away.
+    (0, "GELU is always in its tanh form, that of GPT-2 and of Megatron-LM's fused kernel", "--no-bias-gelu-fusion"),
+    (0, "GELU is always in its tanh form, which is OpenAI's", "--openai-gelu"),
+    (0, _KERNELS, "--no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion"),
+    (0, _KERNELS, "--no-persist-layer-norm --no-gradient-accumulation-fusion --use-te-activation-func"),
+    (0, _LOSS, "--cross-entropy-loss-fusion"),
+    (1, _LOSS, "--cross-entropy-fusion-impl"),
+    (0, "every layout starts from the same weights, wherever they are generated", "--use-cpu-initialization"),
+    (1, _DEFAULT, "--softmax-type --rope-type"),
+    (1, _DENSE, "--expert-model-parallel-size --expert-tensor-parallel-size"),
+    # Memory
+    (1, _PER_LAYER, "--recompute-method --recompute-num-layers"),
+    (0, _GARBAGE, "--no-clone-scatter-output-in-embedding --manual-gc --no-manual-gc-eval"),
+    (1, _GARBAGE, "--manual-gc-interval --empty-unused-memory-level"),
+    # Data
+    (1, _NO_INDEX, "--data-cache-path --num-dataset-builder-threads --mid-level-dataset-surplus"),
+    (0, "causal attention needs no mask tensor, so none is made", "--no-create-attention-mask-in-dataloader"),
+    (0, "token files are read through memory maps of local paths", "--no-mmap-bin-files --disable-msc"),
+    (1, "samples come in one keyed order, epoch after epoch", "--dataloader-type"),
+    # Optimizer
+    (1, _DEFAULT, "--weight-decay-incr-style"),
+    (0, _SCHEDULE, "--override-opt-param-scheduler --override-opt_param-scheduler"),
+    # Checkpoints
+    (0, _RESHARD, "--use-dist-ckpt --ckpt-fully-parallel-save --ckpt-fully-parallel-load"),
+    (0, _RESHARD, "--ckpt-assume-constant-structure --dist-ckpt-optim-fully-reshardable"),
+    (0, "there is no generator state: randomness is a function of --seed and step", "--no-save-rng"),
+    (0, "the tokenizer is the one that the flags name", "--no-use-tokenizer-model-from-checkpoint-args"),
+    (0, "SIGTERM and SIGUSR1 always save and stop at the end of the step", "--exit-signal-handler"),
+    (1, "results are not computed twice for validation", "--rerun-mode"),
+    # Logging
+    (0, _METRICS, "--log-throughput --log-progress --log-memory-to-tensorboard"),
+    (0, _METRICS, "--log-learning-rate-to-tensorboard --log-validation-ppl-to-tensorboard"),
+    (0, _CONSTANT, "--log-batch-size-to-tensorboard --log-world-size-to-tensorboard"),
+    (1, "TensorBoard gets every step", "--tensorboard-log-interval"),
+    (1, "TensorBoard's events are written as they come", "--tensorboard-queue-size"),
+    (1, _TIMES, "--timing-log-level --timing-log-option"),
+    (0, "timing never waits for other ranks", "--no-barrier-with-level-1-timing"),
+    (0, "nothing is sent to NVIDIA's one-logger", "--no-one-logger"),
+)
+
+ALWAYS_ON: dict[str, tuple[int, str]] = {flag: (n, says) for n, says, flags in _ACCEPTED for flag in flags.split()}
+"""flag -> (values that it takes, one sentence on what megasp does anyway). What such a flag asks for always holds
+here, or concerns only how Megatron-LM works inside."""
+
+ONLY: dict[str, tuple[str, ...]] = {
+    "--data-parallel-sharding-strategy": ("no_shard",),
+    "--num-distributed-optimizer-instances": ("1",),
+    "--softmax-type": ("vanilla",),
+    "--rope-type": ("rope",),
+    "--expert-model-parallel-size": ("1",),
+    "--expert-tensor-parallel-size": ("1",),
+    "--recompute-method": ("uniform",),
+    "--recompute-num-layers": ("1",),
+    "--dataloader-type": ("single",),
+    "--weight-decay-incr-style": ("constant",),
+    "--rerun-mode": ("disabled",),
+    "--tensorboard-log-interval": ("1",),
+    "--timing-log-level": ("0",),
+}
+"""flags of `ALWAYS_ON` whose sentence is true of these values alone; with another one they are refused."""
+
+
+def translate(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A Megatron-LM command line in megasp's flags, and what to tell the user about the flags that changed nothing.
+
+    Flags in none of the tables pass as they are.
+
+    Example: `translate(["--use-flash-attn", "--encoder-seq-length", "128"])` returns `["--seq-length", "128"]` and
+    `["--use-flash-attn: flash attention runs wherever it can"]`.
+
+    Raises:
+        ConfigError: a flag that is refused; one of `ALWAYS_ON` without its value, or with another than `ONLY` allows.
+    """
+    ours: list[str] = []
+    said: dict[str, list[str]] = {}
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        flag, equals, value = token.partition("=")
+        if flag in REFUSED:
+            raise ConfigError(f"{flag} is not supported", REFUSED[flag], f"leave {flag} out")
+        if flag in ALIASES:
+            ours += [*ALIASES[flag], value] if equals else ALIASES[flag]
+        elif flag in ALWAYS_ON:
+            values, says = ALWAYS_ON[flag]
+            if values and not equals and rest and not rest[0].startswith("--"):
+                value = rest.pop(0)
+            _check_value(flag, value, values)
+            said.setdefault(says, []).append(flag)
+        else:
+            ours.append(token)
+    return ours, [f"{', '.join(flags)}: {says}" for says, flags in said.items()]
+
+
+def _check_value(flag: str, value: str, values: int) -> None:
+    if bool(value) != bool(values):
+        rule = "it takes a value" if values else "it is a switch and takes no value"
+        raise ConfigError(f"{flag} {value}".strip(), rule, "mend it, or leave it out: it changes nothing here")
+    if flag in ONLY and value not in ONLY[flag]:
+        rule = f"the value supported is {' or '.join(ONLY[flag])}"
+        raise ConfigError(f"{flag} is {value}", rule, "use it, or leave the flag out")

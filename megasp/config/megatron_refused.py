@@ -1,0 +1,343 @@
+"""Megatron-LM's flags that megasp refuses, by reason."""
+
+_OTHER_MODELS = "megasp pretrains decoder-only language models"
+_NOT_YET = "it is not built yet"
+
+_BY_REASON: tuple[tuple[str, str], ...] = (
+    # Precision
+    (
+        "fp16 needs a loss scale, which megasp does not have: use --bf16, which needs none",
+        "--fp16 --loss-scale --initial-loss-scale --min-loss-scale --loss-scale-window --hysteresis "
+        "--fp16-lm-cross-entropy --apply-query-key-layer-scaling",
+    ),
+    (
+        "fp8 and fp4 training is not built yet: use --bf16",
+        "--fp8 --fp8-format --fp8-recipe --fp8-quantizer-factory --fp8-margin --fp8-interval --fp8-amax-history-len "
+        "--fp8-amax-compute-algo --no-fp8-wgrad --fp8-param-gather --fp8-hybrid --fp8-e4m3 --first-last-layers-bf16 "
+        "--num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16 --fp4-format --fp4-recipe --fp4-quantizer-factory "
+        "--fp4-param-gather --reuse-grad-buf-for-mxfp8-param-ag --keep-fp8-transpose-cache --kitchen-config-file "
+        "--kitchen-recipe-number",
+    ),
+    (
+        "gradients are always reduced in fp32",
+        "--grad-reduce-in-bf16",
+    ),
+    (
+        "with --bf16 activations are in bf16, while matrix products, norms and softmax accumulate in fp32",
+        "--fp32-residual-connection --disable-bf16-reduced-precision-matmul",
+    ),
+    (
+        "optimizer states, master weights and gradients are always fp32",
+        "--use-precision-aware-optimizer --main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype",
+    ),
+    # Sharding of the optimizer and of the weights
+    (
+        "sharding of optimizer states, gradients and weights (ZeRO) is not built yet: each data-parallel rank holds "
+        "all of its model's states, so raise --tensor-model-parallel-size if memory is short",
+        "--use-distributed-optimizer --overlap-param-gather --overlap-param-gather-with-optimizer-step "
+        "--no-align-param-gather --use-megatron-fsdp --use-torch-fsdp2 --torch-fsdp2-no-reshard-after-forward "
+        "--init-model-with-meta-device --fsdp-double-buffer --suggested-communication-unit-size "
+        "--enable-full-sharding-in-hsdp --use-custom-fsdp --distrib-optim-fully-reshardable-mem-efficient",
+    ),
+    (
+        "buckets and buffers of gradient reduction are not for tuning here, and gradients are summed, never averaged",
+        "--ddp-num-buckets --ddp-bucket-size --ddp-pad-buckets-for-high-nccl-busbw "
+        "--ddp-reduce-scatter-with-fp32-accumulation --ddp-average-in-collective --no-align-grad-reduce "
+        "--no-gradient-reduce-div-fusion --use-contiguous-parameters-in-local-ddp --DDP-impl",
+    ),
+    # Other parallelism
+    (
+        "pipeline parallelism is one even split of the layers into --pipeline-model-parallel-size stages",
+        "--num-layers-per-virtual-pipeline-stage --num-virtual-stages-per-pipeline-rank "
+        "--microbatch-group-size-per-virtual-pipeline-stage --pipeline-model-parallel-layout "
+        "--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers "
+        "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split "
+        "--pipeline-model-parallel-split-rank --standalone-embedding-stage --overlap-p2p-communication "
+        "--no-overlap-p2p-communication --overlap-p2p-communication-warmup-flush --defer-embedding-wgrad-compute "
+        "--wgrad-deferral-limit --no-scatter-gather-tensors-in-pipeline --use-ring-exchange-p2p "
+        "--pipeline-model-parallel-comm-backend",
+    ),
+    (
+        "the split of the context-parallel ranks is given by --ulysses-size and --ring-size",
+        "--hierarchical-context-parallel-sizes --hybrid-context-parallel --max-seqlen-per-dp-cp-rank",
+    ),
+    (
+        "ranks are ordered tensor, context, data, pipeline, fastest first, and NCCL is tuned by its environment "
+        "variables",
+        "--use-tp-pp-dp-mapping --nccl-communicator-config-path --high-priority-stream-groups --use-sharp "
+        "--sharp-enabled-group --use-nccl-ub --disable-symmetric-registration "
+        "--distributed-timeout-seconds-after-init --lazy-mpu-init",
+    ),
+    (
+        "it tunes Transformer Engine's user buffers, which megasp does not use",
+        "--tp-comm-overlap-cfg --disable-tp-comm-overlap-ag --disable-tp-comm-overlap-rs --tp-comm-overlap-rs-dgrad "
+        "--disable-tp-comm-bulk-dgrad --disable-tp-comm-bulk-wgrad --tp-comm-bootstrap-backend "
+        "--disable-tp-comm-split-ag --disable-tp-comm-split-rs",
+    ),
+    (
+        "it was renamed long ago: use --tensor-model-parallel-size",
+        "--model-parallel-size",
+    ),
+    # Memory
+    (
+        "recompute is of whole layers: use --recompute-granularity full, and note that flash attention keeps no "
+        "attention matrix, which is what selective recompute saves",
+        "--recompute-activations --recompute-modules --checkpoint-activations --distribute-saved-activations "
+        "--activations-checkpoint-method --activations-checkpoint-granularity --activations-checkpoint-num-layers",
+    ),
+    (
+        "offloading to the host's memory is not built yet: use --recompute-granularity full, or more ranks",
+        "--cpu-offloading --cpu-offloading-num-layers --optimizer-cpu-offload --optimizer-offload-fraction "
+        "--use-torch-optimizer-for-cpu-offload --overlap-cpu-optimizer-d2h-h2d --no-pin-cpu-grads --no-pin-cpu-params",
+    ),
+    (
+        "CUDA graphs are not built yet",
+        "--enable-cuda-graph --external-cuda-graph --cuda-graph-impl --cuda-graph-scope --cuda-graph-warmup-steps "
+        "--te-rng-tracker --inference-rng-tracker",
+    ),
+    # Batches and steps
+    (
+        "ramp-up of the batch is not built yet: use a constant --global-batch-size",
+        "--rampup-batch-size",
+    ),
+    (
+        "the global batch is exactly --global-batch-size, and every batch is trained on",
+        "--decrease-batch-size-if-needed --iterations-to-skip",
+    ),
+    (
+        "it was renamed long ago: use --micro-batch-size",
+        "--batch-size",
+    ),
+    (
+        "the schedule counts steps: divide by --global-batch-size and use --lr-decay-iters, --lr-warmup-iters or "
+        "--lr-wsd-decay-iters",
+        "--lr-decay-samples --lr-warmup-samples --lr-wsd-decay-samples",
+    ),
+    (
+        "it was renamed long ago: use --lr-warmup-iters or --lr-warmup-fraction",
+        "--warmup",
+    ),
+    (
+        "all parameters share one learning rate, and weight decay is constant: use --lr, --min-lr and --weight-decay",
+        "--decoupled-lr --decoupled-min-lr --start-weight-decay --end-weight-decay --dump-param-to-param-group-map "
+        "--head-lr-mult",
+    ),
+    (
+        "the schedule comes from this run's flags, never from a checkpoint: repeat them, as the effective config "
+        "beside the checkpoint lists them",
+        "--use-checkpoint-opt-param-scheduler --use-checkpoint-opt_param-scheduler",
+    ),
+    (
+        "the optimizer is AdamW (--optimizer adam)",
+        "--sgd-momentum --muon-momentum --muon-no-split-qkv --muon-use-nesterov --muon-scale-mode "
+        "--muon-fp32-matmul-prec --muon-num-ns-steps --muon-tp-mode --muon-extra-scale-factor",
+    ),
+    # The model
+    (
+        "the MLP is GELU, --squared-relu or --swiglu",
+        "--quick-geglu --geglu --activation-func-clamp-value --glu-linear-offset --onnx-safe "
+        "--use-fused-weighted-squared-relu",
+    ),
+    (
+        "norms stand before attention and MLP, with weights that start at one: use --normalization",
+        "--apply-layernorm-1p --apply-residual-connection-post-layernorm --qk-l2-norm",
+    ),
+    (
+        "attention is causal over the whole sample, and documents in it see each other: pack one document a sample "
+        "where that matters",
+        "--reset-position-ids --reset-attention-mask --window-size --window-attn-skip-freq",
+    ),
+    (
+        "rotary positions are those of Llama and GPT-NeoX (--rotary-base, --rotary-percent, --use-rope-scaling), on "
+        "every layer",
+        "--rotary-interleaved --rotary-seq-len-interpolation-factor --no-rope-freq --mrope-section "
+        "--relative-attention-num-buckets --relative-attention-max-distance",
+    ),
+    (
+        "weights are drawn from a normal distribution with --init-method-std, in every layout and on every replica "
+        "the same",
+        "--embedding-init-method-std --init-method-xavier-uniform --data-parallel-random-init --no-initialization",
+    ),
+    (
+        "the embedding has --vocab-size rows, padded to a multiple of --make-vocab-size-divisible-by",
+        "--padded-vocab-size --vocab-extra-ids",
+    ),
+    (
+        "mixtures of experts are not built yet: megasp pretrains dense models",
+        "--num-experts --moe-layer-freq --moe-ffn-hidden-size --moe-shared-expert-intermediate-size "
+        "--moe-shared-expert-overlap --moe-grouped-gemm --moe-use-legacy-grouped-gemm --moe-layer-recompute "
+        "--moe-extended-tp --moe-use-upcycling --moe-router-load-balancing-type --moe-router-dtype "
+        "--moe-router-fusion --moe-router-score-function --moe-router-topk --moe-router-pre-softmax "
+        "--moe-router-num-groups --moe-router-group-topk --moe-router-topk-scaling-factor "
+        "--moe-router-enable-expert-bias --moe-router-bias-update-rate --moe-router-force-load-balancing "
+        "--moe-router-padding-for-fp8 --moe-aux-loss-coeff --moe-z-loss-coeff --moe-input-jitter-eps "
+        "--moe-per-layer-logging --moe-token-dispatcher-type --moe-enable-deepep --moe-deepep-num-sms "
+        "--moe-permute-fusion --moe-expert-capacity-factor --moe-pad-expert-input-to-capacity --moe-token-drop-policy "
+        "--moe-apply-probs-on-input --moe-upcycling-granularity --moe-pad-experts-for-cuda-graph-inference "
+        "--overlap-moe-expert-parallel-comm --delay-wgrad-compute",
+    ),
+    (
+        "multi-latent attention is not built yet: use --group-query-attention",
+        "--multi-latent-attention --q-lora-rank --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim "
+        "--rotary-scaling-factor --mscale --mscale-all-dim --cache-mla-latents",
+    ),
+    (
+        "prediction of several tokens at a time is not built yet",
+        "--mtp-num-layers --mtp-loss-scaling-factor",
+    ),
+    (
+        "all layers are alike, and their code is megasp/model",
+        "--spec --heterogeneous-layers-config-path --heterogeneous-layers-config-encoded-json "
+        "--hybrid-attention-ratio --hybrid-mlp-ratio --hybrid-override-pattern --mamba-state-dim --mamba-head-dim "
+        "--mamba-num-groups --mamba-num-heads --is-hybrid-model --disable-mamba-mem-eff-path --use-legacy-models "
+        "--enable-experimental",
+    ),
+    (
+        f"{_OTHER_MODELS}: this flag is of BERT, T5 or another encoder",
+        "--bert-no-binary-head --bert-load --bert-embedder-type --output-bert-embeddings --mask-prob --short-seq-prob "
+        "--decoder-num-layers --decoder-seq-length --retriever-seq-length --sample-rate --ict-head-size --ict-load "
+        "--biencoder-projection-dim --biencoder-shared-query-context-model --titles-data-path --query-in-block-prob "
+        "--use-one-sent-docs --evidence-data-path --retriever-report-topk-accuracies --retriever-score-scaling "
+        "--block-data-path --embedding-path --indexer-batch-size --indexer-log-interval",
+    ),
+    (
+        f"{_OTHER_MODELS}: this flag is of Retro",
+        "--retro-project-dir --retro-add-retriever --retro-cyclic-train-iters --retro-encoder-layers "
+        "--retro-encoder-hidden-dropout --retro-encoder-attention-dropout --retro-num-neighbors "
+        "--retro-num-retrieved-chunks --retro-attention-gate --retro-no-verify-neighbor-count",
+    ),
+    (
+        f"{_OTHER_MODELS}: this flag is of a vision model",
+        "--num-classes --img-h --img-w --num-channels --patch-dim --classes-fraction --data-per-class-fraction "
+        "--no-data-sharding --vision-pretraining --vision-pretraining-type --vision-backbone-type "
+        "--swin-backbone-type --mask-type --mask-factor --iter-per-epoch --dino-local-img-size "
+        "--dino-local-crops-number --dino-head-hidden-size --dino-bottleneck-size --dino-freeze-last-layer "
+        "--dino-norm-last-layer --dino-warmup-teacher-temp --dino-teacher-temp --dino-warmup-teacher-temp-epochs",
+    ),
+    (
+        "megasp pretrains: fine-tuning on instructions and reinforcement learning are other programs' work",
+        "--sft --sft-tokenizer-prompt-format --perform-rl-step --rl-prompts-per-eval --grpo-prompts-per-step "
+        "--grpo-group-size --grpo-iterations --grpo-clamp-eps-lower --grpo-clamp-eps-upper --grpo-kl-beta "
+        "--grpo-entropy-term-weight --grpo-filter-groups-with-same-reward --grpo-default-temperature "
+        "--grpo-default-top-p --langrl-inference-server-type --langrl-inference-server-conversation-template "
+        "--langrl-external-server --langrl-env-config --rl-offload-optimizer-during-inference "
+        "--rl-offload-kv-cache-during-training --rl-remove-kv-cache-during-training --rl-reset-cuda-graphs "
+        "--rl-partial-rollouts --rl-inference-logprobs-is-correction --rl-importance-sampling-truncation-coef "
+        "--rl-calculate-intra-group-similarity --rl-use-sequence-packing --rl-sequence-packing-bin-size "
+        "--rl-sequence-packing-algo",
+    ),
+    (
+        "pretraining serves nobody: `megasp generate` samples from a checkpoint",
+        "--inference-batch-times-seqlen-threshold --max-tokens-to-oom --flash-decode --use-legacy-static-engine "
+        "--inference-max-requests --inference-max-seq-length --inference-max-batch-size --inference-dynamic-batching "
+        "--inference-dynamic-batching-buffer-size-gb --inference-dynamic-batching-block-size "
+        "--inference-dynamic-batching-buffer-guaranteed-fraction --inference-dynamic-batching-buffer-overflow-factor "
+        "--inference-dynamic-batching-max-requests-override --inference-dynamic-batching-max-tokens-override "
+        "--inference-dynamic-batching-num-cuda-graphs --inference-dynamic-batching-track-paused-request-events "
+        "--inference-dynamic-batching-unified-memory-level --decode-only-cuda-graphs --symmetric-ar-type "
+        "--nccl-all-reduce-for-prefill --mlp-chunks-for-prefill --disable-chunked-prefill "
+        "--inference-wandb-logging-step-interval",
+    ),
+    # Data
+    (
+        "GPT-2's two vocabulary files are read as one tokenizer.json: use --tokenizer-type HuggingFaceTokenizer and "
+        "--tokenizer-model tokenizer.json",
+        "--vocab-file --merge-file",
+    ),
+    (
+        "tokenizers are tokenizer.json files, bytes or plain numbers (--tokenizer-type), and never run code of their "
+        "own",
+        "--tokenizer-metadata --tiktoken-pattern --tiktoken-num-special-tokens --tiktoken-special-tokens "
+        "--legacy-tokenizer --trust-remote-code",
+    ),
+    (
+        "one corpus is divided by --split: use --data-path with --split",
+        "--train-data-path --valid-data-path --test-data-path --data-args-path --per-split-data-args-path "
+        "--multiple-validation-sets",
+    ),
+    (
+        "token files are read from local paths, and padding is not marked by a token",
+        "--object-storage-cache-path --allow-ambiguous-pad-tokens",
+    ),
+    (
+        "evaluation is --eval-iters steps every --eval-interval steps",
+        "--full-validation --skip-train --test-mode",
+    ),
+    # Checkpoints
+    (
+        "checkpoints have one format, safetensors with a JSON manifest, which any layout loads",
+        "--ckpt-format --dist-ckpt-format --ckpt-convert-format --ckpt-convert-save --auto-detect-ckpt-format "
+        "--ckpt-convert-update-legacy-dist-opt-format --no-ckpt-fully-parallel-save --dist-ckpt-strictness "
+        "--dist-ckpt-save-pre-mcore-014 --load-main-params-from-ckpt --no-strict-fsdp-dtensor-load",
+    ),
+    (
+        "saving in the background is not built yet: saving waits until the files are safe on disk",
+        "--async-save --use-persistent-ckpt-worker",
+    ),
+    (
+        "every checkpoint is kept, in --save",
+        "--save-retain-interval --non-persistent-save-interval --non-persistent-ckpt-type "
+        "--non-persistent-global-ckpt-dir --non-persistent-local-ckpt-dir --non-persistent-local-ckpt-algo "
+        "--replication --replication-jump --replication-factor",
+    ),
+    (
+        "flags never come from a checkpoint: the effective config beside it is a file for --config",
+        "--use-checkpoint-args --use-mp-args-from-checkpoint-args",
+    ),
+    (
+        "weights to start from are given by --load DIR --finetune",
+        "--pretrained-checkpoint",
+    ),
+    (
+        "--load takes the latest checkpoint of its directory",
+        "--ckpt-step",
+    ),
+    (
+        "without a checkpoint in --load training starts anew, and says so: look into the directory before you start",
+        "--exit-on-missing-checkpoint",
+    ),
+    # Resilience
+    (
+        f"{_NOT_YET}: a run that breaks is started again and resumes from its last checkpoint",
+        "--inprocess-restart --inprocess-max-iterations --inprocess-monitor-thread-interval "
+        "--inprocess-monitor-process-interval --inprocess-progress-watchdog-interval --inprocess-heartbeat-interval "
+        "--inprocess-soft-timeout --inprocess-hard-timeout --inprocess-heartbeat-timeout --inprocess-barrier-timeout "
+        "--inprocess-completion-timeout --inprocess-last-call-wait --inprocess-termination-grace-time "
+        "--inprocess-granularity --inprocess-active-world-size --inprocess-empty-cuda-cache --enable-ft-package "
+        "--calc-ft-timeouts --adlr-autoresume --adlr-autoresume-interval",
+    ),
+    (
+        f"{_NOT_YET}: watch the loss and the gradient norm in the metrics",
+        "--no-check-for-nan-in-loss-and-grad --check-for-nan-in-loss-and-grad --check-for-spiky-loss "
+        "--check-for-large-grads --error-injection-rate --error-injection-type --result-rejected-tracker-filename "
+        "--check-weight-hash-across-dp-replicas-interval --deterministic-mode --train-sync-interval",
+    ),
+    # Logging and profiling
+    (
+        "metrics go to --tensorboard-dir and to --metrics-file: import either into Weights & Biases",
+        "--wandb-project --wandb-entity --wandb-exp-name --wandb-save-dir",
+    ),
+    (
+        "the metrics are loss, gradient norm, learning rate, tokens, speed and memory",
+        "--log-params-norm --log-num-zeros-in-grad --log-timers-to-tensorboard --log-energy --log-straggler "
+        "--disable-straggler-on-startup --straggler-ctrlr-port --straggler-minmax-count "
+        "--run-workload-inspector-server --one-logger-project --one-logger-run-name --one-logger-async "
+        "--app-tag-run-name --app-tag-run-version --logging-level",
+    ),
+    (
+        "the effective config is stored with every run, and --print-config shows it",
+        "--config-logger-dir",
+    ),
+    (
+        "profiling is not built in: start the run under nsys or with torch.profiler",
+        "--profile --profile-step-start --profile-step-end --profile-ranks --use-pytorch-profiler "
+        "--record-memory-history --memory-snapshot-path",
+    ),
+    (
+        "flags in a file are given by --config FILE.yaml, under their own names",
+        "--yaml-cfg",
+    ),
+)
+
+REFUSED: dict[str, str] = {flag: reason for reason, flags in _BY_REASON for flag in flags.split()}
+"""flag -> why it is refused and what to use instead; reads on after "--flag is not supported: "."""

@@ -1,0 +1,226 @@
+"""The rules of a configuration: pure, so that any configuration can be checked on any machine.
+
+`validate(config, world_size)` raises one `ConfigError`: what was given, the rule, the nearest values that work.
+"""
+
+from collections.abc import Callable
+
+from megasp.config.kernels import choose_kernel
+from megasp.config.layout import Layout
+from megasp.config.schema import Config
+from megasp.errors import ConfigError
+
+
+def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
+    """Refuse a configuration that cannot run; return its layout.
+
+    Args:
+        config: everything that the user gave.
+        world_size: number of ranks.
+        device: "cpu" or "cuda", where it will run.
+    """
+    _model(config)
+    layout = _layout(config, world_size)
+    _splits(config, layout)
+    _batch(config, layout)
+    _training(config, layout)
+    _attention_kernel(config, device)
+    return layout
+
+
+def nearest(value: int, works: Callable[[int], bool], limit: int = 1 << 20) -> str:
+    """The nearest numbers below and above `value` that `works`, as words: "6 or 8"."""
+    below = next((n for n in range(value, 0, -1) if works(n)), None)
+    above = next((n for n in range(value + 1, limit) if works(n)), None)
+    return " or ".join(str(n) for n in (below, above) if n is not None)
+
+
+def _positive(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is None or value <= 0:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} is {value or 'not given'}", "it must be positive", f"give {flag} a positive value")
+
+
+def _model(config: Config) -> None:
+    model = config.model
+    _positive(num_layers=model.num_layers, hidden_size=model.hidden_size, num_attention_heads=model.num_attention_heads)
+    _positive(seq_length=config.training.seq_length, make_vocab_size_divisible_by=model.make_vocab_size_divisible_by)
+    heads, kv_heads = model.num_attention_heads, model.kv_heads
+    if model.kv_channels is None and model.hidden_size % heads:
+        near = nearest(heads, lambda n: model.hidden_size % n == 0, model.hidden_size + 1)
+        raise ConfigError(
+            f"hidden-size {model.hidden_size} and num-attention-heads {heads}",
+            "the heads must divide the hidden size (or --kv-channels says their size)",
+            f"use {near} heads",
+        )
+    if heads % kv_heads:
+        raise ConfigError(
+            f"num-attention-heads {heads} and num-query-groups {kv_heads}",
+            "every group must have equally many heads",
+            f"use {nearest(kv_heads, lambda n: heads % n == 0, heads + 1)} groups",
+        )
+    if model.position_embedding_type == "rope" and int(model.head_dim * model.rotary_percent) < 2:
+        raise ConfigError(
+            f"head size {model.head_dim} and rotary-percent {model.rotary_percent}",
+            "at least two channels must rotate",
+            "use a larger head or share",
+        )
+    if model.use_rope_scaling and model.position_embedding_type != "rope":
+        raise ConfigError("--use-rope-scaling", "it scales rotary frequencies", "add --position-embedding-type rope")
+    if model.swiglu and model.squared_relu:
+        raise ConfigError("--swiglu and --squared-relu", "an MLP has one activation", "leave one out")
+    longest = model.max_position_embeddings
+    if longest is not None and model.position_embedding_type == "learned_absolute" and longest < config.training.seq_length:
+        raise ConfigError(
+            f"seq-length {config.training.seq_length} and max-position-embeddings {longest}",
+            "learned positions must cover the sequence",
+            f"use --max-position-embeddings {config.training.seq_length}",
+        )
+    for name in ("hidden_dropout", "attention_dropout"):
+        if not 0 <= getattr(model, name) < 1:
+            raise ConfigError(f"{name.replace('_', '-')} {getattr(model, name)}", "it is a probability below 1", "use 0.1 or 0")
+
+
+def _layout(config: Config, world_size: int) -> Layout:
+    parallel = config.parallel
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "ulysses_size", "ring_size"):
+        if getattr(parallel, name) is not None:
+            _positive(**{name: getattr(parallel, name)})
+    _context_parallel(config)
+    ulysses, ring = parallel.sequence_axes
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if pp > 1:
+        raise ConfigError(f"pipeline-model-parallel-size {pp}", "the pipeline is not built yet", "use 1")
+    if ring > 1:
+        raise ConfigError(f"ring size {ring}", "ring attention is not built yet", "use --ulysses-size (or --cp-comm-type a2a)")
+    ranks = tp * pp * ulysses * ring
+    if world_size % ranks:
+        raise ConfigError(
+            f"tensor {tp} x pipeline {pp} x Ulysses {ulysses} x ring {ring} = {ranks} on {world_size} ranks",
+            "the product must divide the number of ranks",
+            f"start {nearest(world_size, lambda n: n % ranks == 0)} ranks, or change a size",
+        )
+    return parallel.layout(world_size)
+
+
+def _context_parallel(config: Config) -> None:
+    """--context-parallel-size and --cp-comm-type against --ulysses-size and --ring-size."""
+    parallel = config.parallel
+    cp, comm = parallel.context_parallel_size, parallel.cp_comm_type
+    if cp is not None:
+        _positive(context_parallel_size=cp)
+    if comm not in (None, "a2a", "p2p", "a2a+p2p", "all_gather"):
+        raise ConfigError(f"cp-comm-type {comm}", "it is one of a2a, p2p, a2a+p2p, all_gather", "use a2a (Ulysses)")
+    if (cp or 1) > 1 and parallel.ulysses_size is None and parallel.ring_size is None and comm != "a2a":
+        raise ConfigError(
+            f"context-parallel-size {cp} with cp-comm-type {comm or 'p2p (the default)'}",
+            "of the ways to split a sequence only Ulysses (a2a) is built yet",
+            "add --cp-comm-type a2a",
+        )
+    ulysses, ring = parallel.sequence_axes
+    if cp is not None and ulysses * ring != cp:
+        raise ConfigError(
+            f"context-parallel-size {cp}, ulysses-size {ulysses}, ring-size {ring}",
+            "the context-parallel size is the product of the other two",
+            f"use --context-parallel-size {ulysses * ring}, or leave it out",
+        )
+
+
+def _splits(config: Config, layout: Layout) -> None:
+    """What each axis must divide."""
+    model, seq, tp, ulysses = config.model, config.training.seq_length, layout.tp, layout.ulysses
+    heads, kv_heads = model.num_attention_heads, model.kv_heads
+
+    def must(ok: bool, got: str, rule: str, fix: str) -> None:
+        if not ok:
+            raise ConfigError(got, rule, fix)
+
+    def divides(n: int, axis: str, size: int, what: str) -> None:
+        near = nearest(size, lambda s: n % s == 0, n + 1)
+        must(n % size == 0, f"{what} {n} on {axis} {size}", f"{axis} must divide it", f"use a size of {near}")
+
+    divides(heads, "tensor-model-parallel-size", tp, "num-attention-heads")
+    divides(model.mlp_size, "tensor-model-parallel-size", tp, "ffn-hidden-size")
+    must(
+        kv_heads % tp == 0 or tp % kv_heads == 0,
+        f"num-query-groups {kv_heads} on tensor-model-parallel-size {tp}",
+        "one must divide the other",
+        f"use a size of {nearest(tp, lambda s: heads % s == 0 and (kv_heads % s == 0 or s % kv_heads == 0), heads + 1)}",
+    )
+    if model.vocab_size is not None:
+        divides(model.padded_vocab_size, "tensor-model-parallel-size", tp, "padded vocabulary")
+    local, local_kv = heads // tp, max(1, kv_heads // tp)
+    divides(local, "ulysses-size", ulysses, f"query heads per tensor-parallel rank ({heads} / {tp}):")
+    must(
+        local_kv % ulysses == 0 or ulysses % local_kv == 0,
+        f"kv heads per tensor-parallel rank {local_kv} on ulysses-size {ulysses}",
+        "one must divide the other",
+        f"use a size of "
+        f"{nearest(ulysses, lambda s: local % s == 0 and (local_kv % s == 0 or s % local_kv == 0), local + 1)}",
+    )
+    ranks = layout.cp * (tp if config.parallel.sequence_parallel else 1)
+    must(
+        seq % ranks == 0,
+        f"seq-length {seq} over {ranks} ranks (context parallel {layout.cp}"
+        + (f" x tensor parallel {tp}, with sequence parallelism)" if ranks != layout.cp else ")"),
+        "every rank must hold equally many tokens",
+        f"use --seq-length {nearest(seq, lambda n: n % ranks == 0)}",
+    )
+
+
+def _batch(config: Config, layout: Layout) -> None:
+    training = config.training
+    _positive(micro_batch_size=training.micro_batch_size)
+    per_pass = training.micro_batch_size * layout.dp
+    batch = config.global_batch_size(layout)
+    if batch < 1 or batch % per_pass:
+        raise ConfigError(
+            f"global-batch-size {batch} with micro-batch-size {training.micro_batch_size} on data-parallel size {layout.dp}",
+            f"it must be a multiple of their product ({per_pass})",
+            f"use --global-batch-size {nearest(max(1, batch), lambda n: n % per_pass == 0)}",
+        )
+
+
+def _training(config: Config, layout: Layout) -> None:
+    training, optimizer = config.training, config.optimizer
+    if (training.train_iters is None) == (training.train_samples is None):
+        raise ConfigError(
+            f"train-iters {training.train_iters} and train-samples {training.train_samples}",
+            "exactly one of them says how long to train",
+            "give --train-iters",
+        )
+    if config.train_steps(layout) < 1:
+        raise ConfigError(f"{config.train_steps(layout)} steps", "there must be at least one", "train longer")
+    _positive(lr=optimizer.lr)
+    if optimizer.lr_warmup_fraction is not None and optimizer.lr_warmup_iters:
+        raise ConfigError("--lr-warmup-fraction and --lr-warmup-iters", "they say the same", "leave one out")
+    if optimizer.min_lr > (optimizer.lr or 0):
+        raise ConfigError(f"min-lr {optimizer.min_lr} and lr {optimizer.lr}", "min-lr is at most lr", "lower --min-lr")
+    if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_iters is None:
+        raise ConfigError("--lr-decay-style WSD", "its last phase has a length", "give --lr-wsd-decay-iters")
+    if not config.data.data_path and not config.data.mock_data:
+        raise ConfigError("no --data-path", "a run needs a corpus", "give --data-path PREFIX, or --mock-data")
+    if len(config.data.data_path) > 1:
+        raise ConfigError(
+            f"--data-path with {len(config.data.data_path)} entries", "blends are not built yet", "give one prefix"
+        )
+    if config.model.vocab_size is None and config.data.tokenizer_type is None:
+        raise ConfigError(
+            "no vocabulary", "the model needs its size", "give --tokenizer-type and --tokenizer-model, or --vocab-size"
+        )
+    if config.parallel.sequence_parallel and layout.tp == 1:
+        raise ConfigError(
+            "--sequence-parallel with tensor-model-parallel-size 1",
+            "it splits the sequence over the tensor-parallel ranks",
+            "leave it out, or use --ulysses-size to split the sequence by itself",
+        )
+
+
+def _attention_kernel(config: Config, device: str) -> None:
+    dtype = "bfloat16" if config.training.bf16 else "float32"
+    backend, dropout = config.training.attention_backend, config.model.attention_dropout
+    name, reasons = choose_kernel(backend, device, dtype, dropout, config.model.head_dim)
+    if name is None:
+        fix = "use --attention-dropout 0, or --attention-backend unfused" if dropout else "use --attention-backend auto"
+        raise ConfigError(f"--attention-backend {backend}", reasons, fix)

@@ -1,0 +1,131 @@
+"""Replicated weights (ZeRO-0): fp32 master weights, fp32 accumulation over microbatches, one reduction per step.
+
+Gradients gather in flat buckets, one after another in the order in which the backward makes them. In the last
+microbatch's backward a bucket is all-reduced as soon as its last gradient is there, while earlier layers still compute:
+
+    backward    layer 3 | layer 2 | layer 1 | layer 0
+    all-reduce            bucket 0 ~~~~~~~ bucket 1 ~~~~~~~
+
+Where nothing is to be reduced and the compute dtype is the master's, there is no bucket: gradients stay where autograd
+puts them.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from megasp.collectives import Pending, start_all_reduce
+from megasp.parallel_state import Axis
+
+BUCKET_ELEMENTS = 16 * 2**20
+"""Elements after which a bucket is closed: 64 MiB of fp32."""
+
+
+class Replicas:
+    """The training state of a model that every rank of `axis` holds whole.
+
+    `masters` are the parameters that the optimizer steps: the model's own, or fp32 copies of lower-precision ones. Each
+    carries its `pieces`, and after `finish` its gradient.
+
+        for i, batch in enumerate(microbatches):
+            replicas.begin_microbatch(last=i == len(microbatches) - 1)
+            loss(batch).backward()
+        replicas.finish()
+        optimizer.step()
+        replicas.publish()
+
+    Args:
+        model: its parameters all have the compute dtype.
+        axis: the ranks over which gradients are summed.
+    """
+
+    def __init__(self, model: nn.Module, axis: Axis) -> None:
+        self.axis = axis
+        self.parameters = list(model.parameters())
+        self.masters = [_master(parameter) for parameter in self.parameters]
+        self._buckets: list[_Bucket] = []
+        if axis.size > 1 or any(master is not parameter for master, parameter in self._pairs):
+            self._make_buckets()
+
+    @property
+    def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        return list(zip(self.masters, self.parameters, strict=True))
+
+    def _make_buckets(self) -> None:
+        bucket: list[tuple[nn.Parameter, nn.Parameter]] = []
+        elements = 0
+        for pair in reversed(self._pairs):  # the backward reaches the last layers first
+            bucket.append(pair)
+            elements += pair[0].numel()
+            if elements >= BUCKET_ELEMENTS:
+                self._buckets.append(_Bucket(bucket, self.axis))
+                bucket, elements = [], 0
+        if bucket:
+            self._buckets.append(_Bucket(bucket, self.axis))
+
+    def begin_microbatch(self, last: bool) -> None:
+        """Before each forward and backward: whether this backward is the step's last, whose gradients are reduced."""
+        for bucket in self._buckets:
+            bucket.reduce_when_full = last
+
+    def finish(self) -> None:
+        """After the last backward: wait until every master's `grad` holds the sum over the axis."""
+        for bucket in self._buckets:
+            bucket.finish()
+
+    def publish(self) -> None:
+        """After the optimizer's step: copy masters to the compute weights, and drop the gradients."""
+        copies = [(parameter, master) for master, parameter in self._pairs if master is not parameter]
+        if copies:
+            with torch.no_grad():
+                torch._foreach_copy_(*map(list, zip(*copies, strict=True)))
+        for master in self.masters:
+            master.grad = None
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter itself in fp32 or wider, else an fp32 copy."""
+    if parameter.dtype not in (torch.bfloat16, torch.float16):
+        return parameter
+    master = nn.Parameter(parameter.detach().float())
+    master.pieces = parameter.pieces  # type: ignore[attr-defined]
+    return master
+
+
+class _Bucket:
+    """One flat gradient buffer; each parameter's gradient is added to its view as autograd makes it."""
+
+    def __init__(self, pairs: list[tuple[nn.Parameter, nn.Parameter]], axis: Axis) -> None:
+        self.axis = axis
+        self.pairs = pairs
+        self.reduce_when_full = False
+        self._buffer = torch.zeros(sum(m.numel() for m, _ in pairs), dtype=pairs[0][0].dtype, device=pairs[0][0].device)
+        self._views = [
+            view.view_as(m) for (m, _), view in zip(pairs, self._buffer.split([m.numel() for m, _ in pairs]), strict=True)
+        ]
+        self._added: set[int] = set()
+        self._missing = len(pairs)
+        self._pending: Pending | None = None
+        for index, (_, parameter) in enumerate(pairs):
+            parameter.register_post_accumulate_grad_hook(lambda p, index=index: self._add(index, p))
+
+    def _add(self, index: int, parameter: Tensor) -> None:
+        """Take one parameter's gradient of this microbatch; its first one in a step overwrites what the last step left."""
+        assert parameter.grad is not None
+        if index in self._added:
+            self._views[index].add_(parameter.grad)
+        else:
+            self._views[index].copy_(parameter.grad)
+            self._added.add(index)
+        parameter.grad = None
+        if self.reduce_when_full:
+            self._missing -= 1
+            if self._missing == 0:
+                self._pending = start_all_reduce(self._buffer, self.axis)
+
+    def finish(self) -> None:
+        assert self._pending is not None, "a parameter of this bucket got no gradient"
+        self._pending.wait()
+        self._pending, self._missing = None, len(self.pairs)
+        self._added.clear()
+        for (master, _), view in zip(self.pairs, self._views, strict=True):
+            master.grad = view

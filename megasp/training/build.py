@@ -1,0 +1,60 @@
+"""Builds what a run trains, in one visible order: model, master weights and gradient sync, optimizer."""
+
+from dataclasses import dataclass
+
+import torch
+
+from megasp.config.schema import Config
+from megasp.data_parallel import Replicas
+from megasp.model import Factory, GPTModel
+from megasp.parallel_state import ParallelState
+from megasp.sequence_parallel import kernels
+from megasp.shard_map import ShardMap
+from megasp.training.optimizer import build_optimizer
+
+
+@dataclass
+class Training:
+    """One rank's part of a run."""
+
+    config: Config
+    state: ParallelState
+    shard_map: ShardMap
+    model: GPTModel
+    replicas: Replicas
+    optimizer: torch.optim.AdamW
+    attention_kernel: str
+
+
+def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None) -> Training:
+    """Everything that this rank trains.
+
+    Args:
+        config: validated.
+        dtype: compute dtype; bfloat16 or float32 as the configuration says without it.
+    """
+    dtype = dtype or (torch.bfloat16 if config.training.bf16 else torch.float32)
+    kernel = attention_kernel(config, state.device, dtype)
+    model = GPTModel(
+        config.model,
+        state,
+        sequence_parallel=config.parallel.sequence_parallel,
+        backend=kernel,
+        recompute=config.training.recompute_granularity == "full",
+        factory=Factory(state.device, dtype, config.training.seed),
+    )
+    replicas = Replicas(model, state.gradients)
+    optimizer = build_optimizer(replicas.masters, config.optimizer)
+    shard_map = ShardMap.contiguous(config.training.seq_length, state.cp.size)
+    return Training(config, state, shard_map, model, replicas, optimizer, kernel)
+
+
+def attention_kernel(config: Config, device: torch.device, dtype: torch.dtype) -> str:
+    """The kernel that --attention-backend means on this machine.
+
+    Raises:
+        ConfigError: it cannot serve this configuration.
+    """
+    model = config.model
+    backend = config.training.attention_backend
+    return kernels.choose(backend, device.type, dtype, model.attention_dropout, model.head_dim)

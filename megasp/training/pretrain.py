@@ -1,0 +1,207 @@
+"""Pretrains a GPT. Under torchrun use pretrain_gpt.py; `megasp pretrain` is the same in one process.
+
+Flags carry Megatron-LM's names and defaults; `--config FILE.yaml` holds the same names.
+"""
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megasp import checkpoints, log, parallel_state
+from megasp.config.load import load, parser, to_yaml
+from megasp.config.schema import Config
+from megasp.config.validate import validate
+from megasp.data import Dataset, Loader
+from megasp.errors import DataError
+from megasp.model.flops import flops_per_token, parameter_count
+from megasp.training import resume
+from megasp.training.build import Training, build
+from megasp.training.datasets import Datasets, build_datasets, build_loader, resolve
+from megasp.training.devices import peak_tflops
+from megasp.training.learning_rate import learning_rate
+from megasp.training.metrics import Metrics, Run
+from megasp.training.resume import Progress
+from megasp.training.step import StepResult, evaluate, train_step
+from megasp.training.stop import StopConditions
+
+MAX_SKIPPED_STEPS = 10
+"""Steps in a row whose gradient may be NaN or infinite before the run ends."""
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    """Run the command."""
+    config, source, _, notes = load(argv, parser(prog, (__doc__ or "").strip()))
+    if source.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    for note in notes:
+        log.info(note)
+    config = resolve(config)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    layout = validate(config, world_size, _device_type(config))
+    device = parallel_state.initialize_distributed(
+        config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes
+    )
+    try:
+        pretrain(build(config, parallel_state.build(layout, device)))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def _device_type(config: Config) -> str:
+    return "cuda" if torch.cuda.is_available() and config.parallel.distributed_backend != "gloo" else "cpu"
+
+
+def pretrain(training: Training) -> Progress:
+    """Train from the start or the last checkpoint to the last step, or to a reason to stop; return how far it came."""
+    config, state = training.config, training.state
+    datasets = build_datasets(config)
+    if config.checkpoint.save:
+        checkpoints.check_writable(Path(config.checkpoint.save))
+    start = resume.resume(training, datasets.train)
+    _introduce(training, datasets, start)
+    run = Run(
+        layout=state.layout.name,
+        devices=state.layout.world_size,
+        device=state.device,
+        flops_per_token=flops_per_token(config.model, config.training.seq_length),
+        peak_tflops=config.logging.peak_tflops or peak_tflops(state.device, next(training.model.parameters()).dtype),
+        train_steps=config.train_steps(state.layout),
+        start_step=start.step,
+        start_tokens=start.tokens,
+    )
+    loader = build_loader(config, state, training.shard_map, datasets.train, start.samples)
+    metrics = Metrics(
+        run,
+        file=_metrics_file(config),
+        tensorboard_dir=Path(config.logging.tensorboard_dir) if config.logging.tensorboard_dir else None,
+        log_interval=config.logging.log_interval,
+    )
+    stop = StopConditions(
+        exit_interval=config.training.exit_interval,
+        exit_duration_in_mins=config.training.exit_duration_in_mins,
+        device=state.device,
+    )
+    with loader, metrics, stop:
+        return _Loop(training, datasets, loader, metrics, stop).run(start, run.train_steps)
+
+
+class _Loop:
+    """The steps of a run, and what happens between them."""
+
+    def __init__(
+        self, training: Training, datasets: Datasets, loader: Loader, metrics: Metrics, stop: StopConditions
+    ) -> None:
+        self.training, self.datasets, self.loader, self.metrics, self.stop = training, datasets, loader, metrics, stop
+        self.skipped = 0
+
+    def run(self, progress: Progress, train_steps: int) -> Progress:
+        config = self.training.config
+        batch = config.global_batch_size(self.training.state.layout)
+        saved = progress.step
+        while progress.step < train_steps:
+            lr = learning_rate(progress.step, config.optimizer, train_steps)
+            began = time.perf_counter()
+            result = train_step(self.training, self.loader.step(), lr)
+            progress = Progress(progress.step + 1, progress.samples + batch, progress.tokens + result.tokens)
+            self.metrics.step(
+                progress.step,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                lr=lr,
+                tokens=progress.tokens,
+                seconds=time.perf_counter() - began,
+            )
+            self._check_finite(progress, result)
+            last = progress.step == train_steps
+            reason = self.stop.reason(progress.step)
+            if config.training.eval_iters and (last or progress.step % config.training.eval_interval == 0):
+                self.metrics.validation(progress.step, loss=self._validation_loss())
+            interval = config.checkpoint.save_interval
+            if last or reason or (interval and progress.step % interval == 0):
+                saved = self._save(progress, saved)
+            if reason and not last:
+                log.info(f"stopping after step {progress.step}: {reason}")
+                break
+        _say_what_next(config, progress, train_steps)
+        return progress
+
+    def _check_finite(self, progress: Progress, result: StepResult) -> None:
+        """Tell of a step whose gradient was NaN or infinite (it was not applied), and end a run of many such."""
+        self.skipped = 0 if math.isfinite(result.grad_norm) else self.skipped + 1
+        if self.skipped:
+            log.info(f"step {progress.step}: loss {result.loss}, gradient norm {result.grad_norm}: weights not updated")
+        if self.skipped == MAX_SKIPPED_STEPS:
+            raise DataError(
+                f"{self.skipped} steps in a row had no finite gradient",
+                "training cannot recover from that",
+                "resume from the last checkpoint with a lower --lr, a longer warm-up, or --clip-grad 1.0",
+            )
+
+    def _validation_loss(self) -> float:
+        """Mean loss of the first --eval-iters global batches of the validation split, the same ones every time."""
+        training, config = self.training, self.training.config
+        assert self.datasets.valid is not None
+        batch = config.global_batch_size(training.state.layout)
+        with build_loader(config, training.state, training.shard_map, self.datasets.valid) as loader:
+            return evaluate(training, (loader.read(step * batch) for step in range(config.training.eval_iters)))
+
+    def _save(self, progress: Progress, saved: int) -> int:
+        if self.training.config.checkpoint.save and progress.step != saved:
+            began = time.perf_counter()
+            directory = resume.save(self.training, progress, self.datasets.train)
+            log.info(f"saved {directory} in {time.perf_counter() - began:.1f} s")
+        return progress.step
+
+
+def _metrics_file(config: Config) -> Path | None:
+    if config.logging.metrics_file:
+        return Path(config.logging.metrics_file)
+    return Path(config.checkpoint.save, "metrics.jsonl") if config.checkpoint.save else None
+
+
+def _introduce(training: Training, datasets: Datasets, start: Progress) -> None:
+    """Say what will run, before it runs; and keep the effective configuration with the run."""
+    config, layout = training.config, training.state.layout
+    batch, model = config.global_batch_size(layout), config.model
+    dtype = str(next(training.model.parameters()).dtype).removeprefix("torch.")
+    steps = config.train_steps(layout)
+    log.info(f"layout {layout.name}: {layout.describe()}, on {training.state.device.type}")
+    log.info(
+        f"model: {parameter_count(model):,} parameters, {model.num_layers} layers, hidden {model.hidden_size}, "
+        f"vocabulary {model.padded_vocab_size}; compute in {dtype}, attention kernel {training.attention_kernel}"
+    )
+    log.info(
+        f"training: steps {start.step + 1} to {steps}, {batch} samples of {config.training.seq_length} tokens a step "
+        f"({config.num_microbatches(layout)} microbatches of {config.training.micro_batch_size} on each of {layout.dp} replicas)"
+    )
+    log.info(f"data: {_describe(datasets.train, steps * batch)}")
+    log.info("loss: mean over all target tokens of the global batch (Megatron-LM averages over microbatches by default)")
+    if config.checkpoint.save and training.state.rank == 0:
+        Path(config.checkpoint.save, "config.yaml").write_text(to_yaml(config))
+
+
+def _describe(dataset: Dataset, samples: int) -> str:
+    per_epoch = getattr(dataset, "samples_per_epoch", None)
+    epochs = f", {per_epoch:,} samples an epoch: {samples / per_epoch:.2f} epochs in all" if per_epoch else ""
+    return dataset.name + epochs
+
+
+def _say_what_next(config: Config, progress: Progress, train_steps: int) -> None:
+    if not config.checkpoint.save:
+        log.info("nothing was saved (no --save)")
+        return
+    root = config.checkpoint.save
+    if progress.step < train_steps:
+        log.info(f"to go on: the same command with --load {root}")
+    else:
+        log.info(f"trained {progress.step} steps, {progress.tokens:,} tokens; metrics in {_metrics_file(config)}; next:")
+        log.info(f'  megasp generate --load {root} --prompt "..."')
+        log.info(f"  megasp convert to-hf --load {root} --output {root}-hf")

@@ -1,0 +1,122 @@
+"""What a checkpoint keeps of a run, and how a run goes on from it: weights, optimizer, step, and data position.
+
+There is no random state to keep: initial weights, sample order and dropout are pure functions of the seed.
+"""
+
+import dataclasses
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megasp import __version__, checkpoints, log
+from megasp.checkpoints import Manifest, Shard
+from megasp.config.schema import Config
+from megasp.data import Dataset
+from megasp.errors import CheckpointError
+from megasp.training.build import Training
+from megasp.training.optimizer import set_step
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: finished steps, and the samples and unmasked target tokens that they trained."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+def shards(training: Training, optimizer: bool) -> list[Shard]:
+    """The master weights of this rank, and with `optimizer` their moments."""
+    owner = training.state.gradients.rank == 0
+    held = []
+    for master in training.replicas.masters:
+        tensors = {"model": master.data}
+        if optimizer:
+            tensors |= {kind: training.optimizer.state[master][kind] for kind in ("exp_avg", "exp_avg_sq")}
+        held += [Shard(kind, tensor, master.pieces, owner) for kind, tensor in tensors.items()]  # type: ignore[attr-defined]
+    return held
+
+
+def save(training: Training, progress: Progress, dataset: Dataset) -> Path:
+    """Write a checkpoint of this moment; every rank calls it."""
+    config = training.config
+    metadata = {
+        "config": dataclasses.asdict(config),
+        "progress": dataclasses.asdict(progress),
+        "data": _data(config, dataset),
+        "rng": {"seed": config.training.seed},
+        "has_optimizer": not config.checkpoint.no_save_optim,
+        "versions": {
+            "megasp": __version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    held = shards(training, optimizer=not config.checkpoint.no_save_optim)
+    return checkpoints.save(config.checkpoint.save or "", progress.step, held, training.state, metadata)
+
+
+def _data(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What the meaning of a sample number depends on."""
+    return {"name": dataset.name, "fingerprint": dataset.fingerprint(), "seq_length": config.training.seq_length}
+
+
+def resume(training: Training, dataset: Dataset) -> Progress:
+    """Go on from the latest checkpoint of --load, where there is one.
+
+    Raises:
+        CheckpointError: a damaged checkpoint, or one of another model, corpus, sequence length or seed.
+    """
+    options = training.config.checkpoint
+    if options.load is None:
+        return Progress()
+    directory = checkpoints.find_latest(Path(options.load))
+    if directory is None:
+        log.info(f"no checkpoint in {options.load}: training starts anew")
+        return Progress()
+    manifest = checkpoints.read_manifest(directory)
+    checkpoints.check_same_model(manifest, training.config.model)
+    with_optimizer = not (options.no_load_optim or options.finetune)
+    if with_optimizer and not manifest.metadata["has_optimizer"]:
+        raise CheckpointError(
+            f"{directory} holds no optimizer state", "it was saved with --no-save-optim", "add --no-load-optim"
+        )
+    if not options.finetune:
+        _check_data(manifest, training.config, dataset, directory)
+    checkpoints.load(directory, shards(training, optimizer=with_optimizer))
+    training.replicas.publish()
+    progress = Progress() if options.finetune else Progress(**manifest.metadata["progress"])
+    set_step(training.optimizer, progress.step if with_optimizer else 0)
+    what = "weights alone (--finetune)" if options.finetune else f"step {progress.step}"
+    log.info(f"loaded {directory}: {what}, saved by layout {manifest.layout}")
+    return progress
+
+
+def _check_data(manifest: Manifest, config: Config, dataset: Dataset, directory: Path) -> None:
+    """Refuse to go on where "sample n" would mean other tokens than in the run so far."""
+    there, here = manifest.metadata["data"], _data(config, dataset)
+    if there["seq_length"] != here["seq_length"]:
+        raise CheckpointError(
+            f"--seq-length {here['seq_length']} resumes a run of {there['seq_length']}",
+            "the data position counts samples of one length",
+            f"use --seq-length {there['seq_length']}, or --finetune to start the data anew",
+        )
+    if there != here:
+        raise CheckpointError(
+            f"the corpus of {directory} was {there['name']} ({there['fingerprint']}), now it is {here['name']} ({here['fingerprint']})",
+            "a resumed run must read the corpus that it began with: appending, rebuilding or another --split reorders samples",
+            "restore it, or use --finetune to start the data anew",
+        )
+    seed = manifest.metadata["rng"]["seed"]
+    if seed != config.training.seed and not config.checkpoint.no_load_rng:
+        raise CheckpointError(
+            f"--seed {config.training.seed} resumes a run of --seed {seed}",
+            "the seed orders the samples and draws dropout",
+            f"use --seed {seed}, or --no-load-rng to go on with another order from here",
+        )

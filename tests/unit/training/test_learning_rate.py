@@ -1,0 +1,71 @@
+"""Every schedule equals megatron-core's scheduler, to the last bit, at every step and past the end."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megasp.config.schema import OptimizerConfig
+from megasp.training.learning_rate import learning_rate
+
+scheduler_module = pytest.importorskip("megatron.core.optimizer_param_scheduler")
+TRAIN_STEPS = 37
+STYLES = [
+    {"lr_decay_style": "constant"},
+    {"lr_decay_style": "linear"},
+    {"lr_decay_style": "cosine"},
+    {"lr_decay_style": "inverse-square-root"},
+    *(
+        {"lr_decay_style": "WSD", "lr_wsd_decay_style": style, "lr_wsd_decay_iters": 7}
+        for style in ("exponential", "linear", "cosine", "minus_sqrt")
+    ),
+]
+WARMUPS = [
+    {},
+    {"lr_warmup_iters": 5},
+    {"lr_warmup_iters": 5, "lr_warmup_init": 1e-5},
+    {"lr_warmup_fraction": 0.2},
+    {"lr_warmup_fraction": 0.013},
+]
+
+
+def megatron_rates(config: OptimizerConfig, steps: int) -> list[float]:
+    decay_steps = config.lr_decay_iters or TRAIN_STEPS
+    warmup: float = config.lr_warmup_iters
+    if config.lr_warmup_fraction is not None:
+        warmup = config.lr_warmup_fraction * decay_steps
+    optimizer = SimpleNamespace(param_groups=[{}])
+    scheduler = scheduler_module.OptimizerParamScheduler(
+        optimizer,
+        init_lr=config.lr_warmup_init,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=decay_steps,
+        lr_decay_style=config.lr_decay_style,
+        start_wd=0.0,
+        end_wd=0.0,
+        wd_incr_steps=TRAIN_STEPS,
+        wd_incr_style="constant",
+        wsd_decay_steps=config.lr_wsd_decay_iters,
+        lr_wsd_decay_style=config.lr_wsd_decay_style,
+    )
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(1)
+    return rates
+
+
+@pytest.mark.parametrize("style", STYLES, ids=lambda style: "-".join(map(str, style.values())))
+@pytest.mark.parametrize("warmup", WARMUPS, ids=lambda warmup: "-".join(warmup) or "no-warmup")
+@pytest.mark.parametrize("rest", [{}, {"min_lr": 3e-5, "lr_decay_iters": 23}], ids=["plain", "min-lr"])
+def test_equals_megatron(style: dict[str, Any], warmup: dict[str, Any], rest: dict[str, Any]) -> None:
+    config = OptimizerConfig(lr=1.1e-3, **style, **warmup, **rest)
+    rates = [learning_rate(step, config, TRAIN_STEPS) for step in range(TRAIN_STEPS + 5)]
+    assert rates == megatron_rates(config, TRAIN_STEPS + 5)
+
+
+def test_first_steps() -> None:
+    config = OptimizerConfig(lr=1e-3, lr_warmup_iters=10)
+    assert [learning_rate(step, config, 100) for step in (0, 5, 10)] == [0.0, 5e-4, 1e-3]
