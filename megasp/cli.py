@@ -38,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        print(f"megasp: {error.filename or 'a file'}: {error.strerror}; check the path, its rights and the disk.", file=sys.stderr)
+        print(
+            f"megasp: {error.filename or 'a file'}: {error.strerror}; check the path, its rights and the disk.",
+            file=sys.stderr,
+        )
     except BrokenPipeError:
         pass
     except KeyboardInterrupt:
@@ -60,7 +63,9 @@ def _run(argv: Sequence[str]) -> int:
             return _run_command(command, argv[words:])
     parts = [name for name in COMMANDS if name.startswith(argv[0] + " ")]
     if parts:
-        raise ConfigError(f"megasp {' '.join(argv[:2])}", "it needs the rest of its name", f"write megasp {' or megasp '.join(parts)}")
+        raise ConfigError(
+            f"megasp {' '.join(argv[:2])}", "it needs the rest of its name", f"write megasp {' or megasp '.join(parts)}"
+        )
     raise ConfigError(f"unknown command {argv[0]}", f"the commands are {', '.join(COMMANDS)}", "see megasp --help")
 
 
@@ -77,7 +82,14 @@ def usage() -> str:
     """The list of commands."""
     lines = [f"  {name:16} {help_text}" for name, (_, help_text) in COMMANDS.items()]
     return "\n".join(
-        ["usage: megasp COMMAND [flags]", "", "commands:", *lines, "", "`megasp COMMAND --help` lists a command's flags."]
+        [
+            "usage: megasp COMMAND [flags]",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`megasp COMMAND --help` lists a command's flags.",
+        ]
     )
 
 

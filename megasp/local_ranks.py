@@ -77,7 +77,13 @@ def _wait(ranks: Sequence[ForkServerProcess], folder: Path, timeout: float) -> N
 
 
 def _rank_main(
-    rank: int, world_size: int, folder: Path, threads: int, timeout: float, fn: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    folder: Path,
+    threads: int,
+    timeout: float,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     import torch
     import torch.distributed as dist

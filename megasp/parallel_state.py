@@ -207,7 +207,9 @@ def initialize_model_parallel(
     global _STATE
     if _STATE is not None:
         raise ConfigError(
-            "initialize_model_parallel called twice", "there is one rank grid per process", "call destroy_model_parallel() first"
+            "initialize_model_parallel called twice",
+            "there is one rank grid per process",
+            "call destroy_model_parallel() first",
         )
     device = initialize_distributed(backend, timeout_minutes)
     world_size = dist.get_world_size()

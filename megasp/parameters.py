@@ -8,8 +8,8 @@ tensor, stacked along dim 0. Tensor parallel 2, rank 1, a fused [q; k; v] weight
                16..20   k.weight [ 8, D]  rows  4..8
                20..24   v.weight [ 8, D]  rows  4..8
 
-A row-parallel weight is one piece that takes all rows and some columns. Init, the gradient norm, the optimizer, checkpoints
-and the planner read this one fact; none of them knows about tensor parallelism.
+A row-parallel weight is one piece that takes all rows and some columns. Init, the gradient norm, the optimizer,
+checkpoints and the planner read this one fact; none of them knows about tensor parallelism.
 """
 
 import math
@@ -35,7 +35,9 @@ class Box:
     def intersect(self, other: "Box") -> "Box | None":
         """The common box, or None when there is none."""
         start = tuple(map(max, self.start, other.start))
-        stop = tuple(min(a + n, b + m) for a, n, b, m in zip(self.start, self.size, other.start, other.size, strict=True))
+        stop = tuple(
+            min(a + n, b + m) for a, n, b, m in zip(self.start, self.size, other.start, other.size, strict=True)
+        )
         size = tuple(b - a for a, b in zip(start, stop, strict=True))
         return Box(start, size) if all(n > 0 for n in size) else None
 

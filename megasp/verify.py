@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megasp import log, parallel_state
 from megasp.config.flags import flag
 from megasp.config.layout import Layout
-from megasp.config.load import from_values, load, parser
+from megasp.config.load import load, parser
 from megasp.config.schema import Config
 from megasp.config.validate import validate
 from megasp.errors import ConfigError
@@ -74,7 +74,9 @@ def main(argv: Sequence[str], prog: str) -> int:
     """Run the command; exit status 1 when a layout differs."""
     config, _, options, _ = load(argv, parser(prog, __doc__ or "", [Options]), Options, DEFAULTS)
     if not options.layout:
-        raise ConfigError("no --layout", "there must be one to compare with", "add for example --layout tp2-u2 --layout u4")
+        raise ConfigError(
+            "no --layout", "there must be one to compare with", "add for example --layout tp2-u2 --layout u4"
+        )
     tolerance = options.tolerance or TOLERANCES[options.dtype]
     log.info(f"reference: one process, {options.steps} steps in {options.dtype}; tolerance {tolerance:g}")
     failed = []
@@ -83,8 +85,9 @@ def main(argv: Sequence[str], prog: str) -> int:
         passed = worst.overall <= tolerance
         failed += [] if passed else [layout.name]
         log.info(
-            f"{layout.name:20} {'ok' if passed else 'DIFFERS':8} loss {worst.loss:.1e} | "
-            f"gradients {worst.gradient[0]:.1e} ({worst.gradient[1]}) | weights {worst.weight[0]:.1e} ({worst.weight[1]})"
+            f"{layout.name:20} {'ok' if passed else 'DIFFERS':8} loss {worst.loss:.1e}"
+            f" | gradients {worst.gradient[0]:.1e} ({worst.gradient[1]})"
+            f" | weights {worst.weight[0]:.1e} ({worst.weight[1]})"
         )
     log.info(f"DIFFERENT: {', '.join(failed)}" if failed else "every layout trains as one process does")
     return 1 if failed else 0

@@ -78,7 +78,7 @@ def _argument(field: dataclasses.Field[Any], hint: Any, required: bool) -> dict[
         return arguments
     arguments["help"] = help_text + "".join(f" (default: {item})" for item in shown)
     item_type = _item_type(hint)
-    if typing.get_origin(hint) is tuple or _optional(hint) is not None and typing.get_origin(_optional(hint)) is tuple:
+    if typing.get_origin(_optional(hint) or hint) is tuple:
         arguments |= {"nargs": "+", "action": "extend"}  # `--x a b` and `--x a --x b` say the same
     arguments["type"] = item_type
     arguments["choices"] = field.metadata["choices"]
@@ -110,8 +110,8 @@ def _item_type(hint: Any) -> type:
 class Parser(argparse.ArgumentParser):
     """argparse that raises `ConfigError`, and answers an unknown flag with the nearest known one."""
 
-    def __init__(self, *args: Any, refused: Mapping[str, str] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, *, refused: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
         self.refused = refused or {}
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -145,7 +145,9 @@ def read_yaml(path: Path, groups: Sequence[type], refused: Mapping[str, str] | N
     try:
         document = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ConfigError(f"--config {path}", f"it must be a readable file ({error.strerror})", "check the path") from None
+        raise ConfigError(
+            f"--config {path}", f"it must be a readable file ({error.strerror})", "check the path"
+        ) from None
     except yaml.YAMLError as error:
         where = str(error).replace("\n", " ")
         raise ConfigError(f"--config {path}", f"it must be valid YAML ({where})", "mend that line") from None

@@ -46,7 +46,9 @@ class Layout:
     def __post_init__(self) -> None:
         for axis in AXES:
             if getattr(self, axis) < 1:
-                raise ConfigError(f"layout axis {axis} is {getattr(self, axis)}", "every axis has at least one rank", "use 1")
+                raise ConfigError(
+                    f"layout axis {axis} is {getattr(self, axis)}", "every axis has at least one rank", "use 1"
+                )
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -91,7 +93,11 @@ class Layout:
             sizes[match[1]] = int(match[2])
         outer, dp = sizes.get("dpo", 1), sizes.get("dp", sizes.get("dpo", 1))
         if outer < 1 or dp % outer:
-            raise ConfigError(f"layout name {name!r}", f"dpo ({outer}) must divide dp ({dp})", f"use dp{outer * max(1, dp // max(outer, 1))}")
+            raise ConfigError(
+                f"layout name {name!r}",
+                f"dpo ({outer}) must divide dp ({dp})",
+                f"use dp{outer * max(1, dp // max(outer, 1))}",
+            )
         return cls(sizes.get("pp", 1), outer, dp // outer, sizes.get("r", 1), sizes.get("u", 1), sizes.get("tp", 1))
 
     def coordinates(self, rank: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Reads a run's configuration: defaults, then `--model PRESET`, then `--config FILE.yaml`, then flags; the last wins."""
+"""Reads a run's configuration: defaults, `--model PRESET`, `--config FILE.yaml`, flags; the last that speaks wins."""
 
 import argparse
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from megasp.config.flags import Parser, add_flags, build, flag, option_string, read_yaml
-from megasp.config.megatron_flags import ALIASES, ALWAYS_ON, REFUSED
+from megasp.config.megatron_flags import REFUSED, translate
 from megasp.config.presets import PRESETS
 from megasp.config.schema import Config
 from megasp.errors import ConfigError
@@ -54,7 +54,7 @@ def load(
         The configuration, where it came from, an instance of `extra`, and what to tell the user about flags that
         megasp needs not.
     """
-    argv, notes = _without_always_on(argv)
+    argv, notes = translate(argv)
     given = vars(parser.parse_args(argv))
     source = build(Source, given)
     values: dict[str, Any] = dict(defaults or {}) | (PRESETS[source.model] if source.model else {})
@@ -77,27 +77,6 @@ class _PresetKey:
 def from_values(values: dict[str, Any]) -> Config:
     """A configuration from field name -> value."""
     return Config(**{name: build(group, values) for name, group in GROUPS.items()})
-
-
-def _without_always_on(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments without Megatron-LM's flags for what is always so here, aliases written out; and what was said."""
-    kept: list[str] = []
-    notes: list[str] = []
-    rest = list(argv)
-    while rest:
-        name, *value = rest.pop(0).split("=", 1)
-        if name in ALIASES:
-            kept += ALIASES[name]
-        elif name in ALWAYS_ON:
-            arity, sentence = ALWAYS_ON[name]
-            notes.append(f"{name}: {sentence}")
-            count = {"+": len(rest)}.get(arity, arity) if not value else 0  # type: ignore[call-overload]
-            while count and rest and not rest[0].startswith("--"):
-                rest.pop(0)
-                count -= 1
-        else:
-            kept.append("=".join([name, *value]))
-    return kept, notes
 
 
 def to_yaml(config: Config) -> str:
@@ -127,6 +106,8 @@ def from_dict(groups: dict[str, dict[str, Any]]) -> Config:
         known = {field.name for field in dataclasses.fields(GROUPS[name])} if name in GROUPS else set()
         unknown = sorted(entries.keys() - known)
         if unknown:
-            raise ConfigError(f"stored configuration has {name}.{unknown[0]}", "this version does not know it", "update megasp")
+            raise ConfigError(
+                f"stored configuration has {name}.{unknown[0]}", "this version does not know it", "update megasp"
+            )
         values |= entries
     return from_values(values)

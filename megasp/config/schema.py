@@ -40,7 +40,9 @@ class ModelConfig:
     add_bias_linear: bool = flag(True, "biases in linear layers", off="--disable-bias-linear")
     add_qkv_bias: bool = flag(False, "biases in the query, key and value projections alone")
     qk_layernorm: bool = flag(False, "norm of queries and keys per head")
-    untie_embeddings_and_output_weights: bool = flag(False, "an output head of its own instead of the embedding's weights")
+    untie_embeddings_and_output_weights: bool = flag(
+        False, "an output head of its own instead of the embedding's weights"
+    )
     attention_dropout: float = flag(0.1, "dropout of attention probabilities (unfused attention only)")
     hidden_dropout: float = flag(0.1, "dropout of embeddings and residual branches")
     init_method_std: float = flag(0.02, "standard deviation of initial weights")
@@ -85,7 +87,9 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = flag(1, "pipeline stages")
     context_parallel_size: int | None = flag(None, "ranks that share a sequence; ulysses-size x ring-size without it")
     cp_comm_type: str | None = flag(None, "how they exchange: a2a is Ulysses, p2p is ring", metavar="TYPE")
-    ulysses_size: int | None = flag(None, "ranks of Ulysses sequence parallelism (all-to-all between sequence and heads)")
+    ulysses_size: int | None = flag(
+        None, "ranks of Ulysses sequence parallelism (all-to-all between sequence and heads)"
+    )
     ring_size: int | None = flag(None, "ranks of ring attention")
     sequence_parallel: bool = flag(
         False, "split norms, dropout and residuals along the sequence over the tensor-parallel ranks, too"
@@ -183,7 +187,9 @@ class CheckpointConfig:
 
     save: str | None = flag(None, "directory to write checkpoints to", metavar="DIR")
     save_interval: int | None = flag(None, "steps between checkpoints; at the end only without it")
-    load: str | None = flag(None, "directory to resume from; without a checkpoint in it training starts anew", metavar="DIR")
+    load: str | None = flag(
+        None, "directory to resume from; without a checkpoint in it training starts anew", metavar="DIR"
+    )
     no_save_optim: bool = flag(False, "leave the optimizer's state out of checkpoints")
     no_load_optim: bool = flag(False, "resume with a fresh optimizer")
     no_load_rng: bool = flag(False, "accept another --seed than the checkpoint's")

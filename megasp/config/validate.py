@@ -39,7 +39,9 @@ def _positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is None or value <= 0:
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} is {value or 'not given'}", "it must be positive", f"give {flag} a positive value")
+            raise ConfigError(
+                f"{flag} is {value or 'not given'}", "it must be positive", f"give {flag} a positive value"
+            )
 
 
 def _model(config: Config) -> None:
@@ -71,7 +73,11 @@ def _model(config: Config) -> None:
     if model.swiglu and model.squared_relu:
         raise ConfigError("--swiglu and --squared-relu", "an MLP has one activation", "leave one out")
     longest = model.max_position_embeddings
-    if longest is not None and model.position_embedding_type == "learned_absolute" and longest < config.training.seq_length:
+    if (
+        longest is not None
+        and model.position_embedding_type == "learned_absolute"
+        and longest < config.training.seq_length
+    ):
         raise ConfigError(
             f"seq-length {config.training.seq_length} and max-position-embeddings {longest}",
             "learned positions must cover the sequence",
@@ -79,7 +85,9 @@ def _model(config: Config) -> None:
         )
     for name in ("hidden_dropout", "attention_dropout"):
         if not 0 <= getattr(model, name) < 1:
-            raise ConfigError(f"{name.replace('_', '-')} {getattr(model, name)}", "it is a probability below 1", "use 0.1 or 0")
+            raise ConfigError(
+                f"{name.replace('_', '-')} {getattr(model, name)}", "it is a probability below 1", "use 0.1 or 0"
+            )
 
 
 def _layout(config: Config, world_size: int) -> Layout:
@@ -93,7 +101,9 @@ def _layout(config: Config, world_size: int) -> Layout:
     if pp > 1:
         raise ConfigError(f"pipeline-model-parallel-size {pp}", "the pipeline is not built yet", "use 1")
     if ring > 1:
-        raise ConfigError(f"ring size {ring}", "ring attention is not built yet", "use --ulysses-size (or --cp-comm-type a2a)")
+        raise ConfigError(
+            f"ring size {ring}", "ring attention is not built yet", "use --ulysses-size (or --cp-comm-type a2a)"
+        )
     ranks = tp * pp * ulysses * ring
     if world_size % ranks:
         raise ConfigError(
@@ -146,7 +156,8 @@ def _splits(config: Config, layout: Layout) -> None:
         kv_heads % tp == 0 or tp % kv_heads == 0,
         f"num-query-groups {kv_heads} on tensor-model-parallel-size {tp}",
         "one must divide the other",
-        f"use a size of {nearest(tp, lambda s: heads % s == 0 and (kv_heads % s == 0 or s % kv_heads == 0), heads + 1)}",
+        "use a size of "
+        f"{nearest(tp, lambda s: heads % s == 0 and (kv_heads % s == 0 or s % kv_heads == 0), heads + 1)}",
     )
     if model.vocab_size is not None:
         divides(model.padded_vocab_size, "tensor-model-parallel-size", tp, "padded vocabulary")
@@ -176,7 +187,8 @@ def _batch(config: Config, layout: Layout) -> None:
     batch = config.global_batch_size(layout)
     if batch < 1 or batch % per_pass:
         raise ConfigError(
-            f"global-batch-size {batch} with micro-batch-size {training.micro_batch_size} on data-parallel size {layout.dp}",
+            f"global-batch-size {batch} with micro-batch-size {training.micro_batch_size} "
+            f"on data-parallel size {layout.dp}",
             f"it must be a multiple of their product ({per_pass})",
             f"use --global-batch-size {nearest(max(1, batch), lambda n: n % per_pass == 0)}",
         )
@@ -195,8 +207,20 @@ def _training(config: Config, layout: Layout) -> None:
     _positive(lr=optimizer.lr)
     if optimizer.lr_warmup_fraction is not None and optimizer.lr_warmup_iters:
         raise ConfigError("--lr-warmup-fraction and --lr-warmup-iters", "they say the same", "leave one out")
-    if optimizer.min_lr > (optimizer.lr or 0):
-        raise ConfigError(f"min-lr {optimizer.min_lr} and lr {optimizer.lr}", "min-lr is at most lr", "lower --min-lr")
+    for name in ("min_lr", "lr_warmup_init"):
+        if getattr(optimizer, name) > (optimizer.lr or 0):
+            flag = name.replace("_", "-")
+            raise ConfigError(
+                f"{flag} {getattr(optimizer, name)} and lr {optimizer.lr}", "it is at most lr", f"lower --{flag}"
+            )
+    decay_steps = optimizer.lr_decay_iters or config.train_steps(layout)
+    warmup = (optimizer.lr_warmup_fraction or 0) * decay_steps or optimizer.lr_warmup_iters
+    if warmup >= decay_steps:
+        raise ConfigError(
+            f"a warm-up of {warmup:g} steps and a decay that ends at step {decay_steps}",
+            "the warm-up must end before the decay does",
+            "shorten the warm-up",
+        )
     if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_iters is None:
         raise ConfigError("--lr-decay-style WSD", "its last phase has a length", "give --lr-wsd-decay-iters")
     if not config.data.data_path and not config.data.mock_data:

@@ -67,4 +67,4 @@ def clip_(parameters: Sequence[nn.Parameter], norm: Tensor, limit: float) -> Non
     """Scale gradients in place so that their global norm is at most `limit`; 0 is no limit."""
     if limit > 0:
         factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([p.grad for p in parameters], factor.item())
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor.item())

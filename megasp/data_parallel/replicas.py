@@ -77,7 +77,7 @@ class Replicas:
         copies = [(parameter, master) for master, parameter in self._pairs if master is not parameter]
         if copies:
             with torch.no_grad():
-                torch._foreach_copy_(*map(list, zip(*copies, strict=True)))
+                torch._foreach_copy_([compute for compute, _ in copies], [master for _, master in copies])
         for master in self.masters:
             master.grad = None
 
@@ -100,7 +100,8 @@ class _Bucket:
         self.reduce_when_full = False
         self._buffer = torch.zeros(sum(m.numel() for m, _ in pairs), dtype=pairs[0][0].dtype, device=pairs[0][0].device)
         self._views = [
-            view.view_as(m) for (m, _), view in zip(pairs, self._buffer.split([m.numel() for m, _ in pairs]), strict=True)
+            view.view_as(m)
+            for (m, _), view in zip(pairs, self._buffer.split([m.numel() for m, _ in pairs]), strict=True)
         ]
         self._added: set[int] = set()
         self._missing = len(pairs)
@@ -109,7 +110,7 @@ class _Bucket:
             parameter.register_post_accumulate_grad_hook(lambda p, index=index: self._add(index, p))
 
     def _add(self, index: int, parameter: Tensor) -> None:
-        """Take one parameter's gradient of this microbatch; its first one in a step overwrites what the last step left."""
+        """Take one parameter's gradient of this microbatch; the first of a step overwrites what the last step left."""
         assert parameter.grad is not None
         if index in self._added:
             self._views[index].add_(parameter.grad)

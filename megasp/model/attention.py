@@ -39,7 +39,13 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, state: ParallelState, sequence_parallel: bool, backend: str, factory: Factory, name: str
+        self,
+        config: ModelConfig,
+        state: ParallelState,
+        sequence_parallel: bool,
+        backend: str,
+        factory: Factory,
+        name: str,
     ) -> None:
         super().__init__()
         self.head_dim, self.rotary = config.head_dim, config.position_embedding_type == "rope"
@@ -59,7 +65,9 @@ class Attention(nn.Module):
         self.local_heads = heads // tp.size, max(1, kv_heads // tp.size)
         self.q_norm = self.k_norm = None
         if config.qk_layernorm:
-            norm = partial(Norm, config.normalization, self.head_dim, config.norm_epsilon, tp, partial=True, factory=factory)
+            norm = partial(
+                Norm, config.normalization, self.head_dim, config.norm_epsilon, tp, partial=True, factory=factory
+            )
             self.q_norm, self.k_norm = norm(name=f"{name}.q_norm"), norm(name=f"{name}.k_norm")
         self.attend = UlyssesAttention(partial(attend, backend=backend), state.ulysses)
         self.dropout, self.key = config.attention_dropout, site_key(factory.seed, name)

@@ -49,7 +49,13 @@ class Block(nn.Module):
     """One layer on the residual stream: [S, B, D] -> [S, B, D] ([S / T, B, D] with sequence parallelism)."""
 
     def __init__(
-        self, config: ModelConfig, state: ParallelState, sequence_parallel: bool, backend: str, factory: Factory, name: str
+        self,
+        config: ModelConfig,
+        state: ParallelState,
+        sequence_parallel: bool,
+        backend: str,
+        factory: Factory,
+        name: str,
     ) -> None:
         super().__init__()
 

@@ -81,7 +81,9 @@ class GPTModel(nn.Module):
                 factory=factory,
                 name="final_norm",
             )
-            self.head = self._embedding(factory, "head") if config.untie_embeddings_and_output_weights else self.embedding
+            self.head = (
+                self._embedding(factory, "head") if config.untie_embeddings_and_output_weights else self.embedding
+            )
 
     def _embedding(self, factory: Factory, name: str) -> VocabParallelEmbedding:
         return VocabParallelEmbedding(
@@ -120,7 +122,11 @@ class GPTModel(nn.Module):
         x = self._embed(tokens, positions, info.keys) if self.embedding is not None else tokens
         for block in self.layers:
             # Dropout needs no random state: a recomputed block draws the same masks from the same names.
-            x = checkpoint(block, x, info, use_reentrant=False, preserve_rng_state=False) if self._keep(x) else block(x, info)
+            x = (
+                checkpoint(block, x, info, use_reentrant=False, preserve_rng_state=False)
+                if self._keep(x)
+                else block(x, info)
+            )
         if self.final_norm is None or self.head is None:
             return x
         x = self.final_norm(x)

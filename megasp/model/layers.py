@@ -40,7 +40,9 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, sequence_parallel: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, sequence_parallel: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.axis, ctx.sequence_parallel = axis, sequence_parallel
         return F.linear(start_all_gather(x, axis).wait() if sequence_parallel else x, weight, bias)
@@ -54,7 +56,11 @@ class _Linear(torch.autograd.Function):
         dx = dw = None
         if wants_dx:
             partial = (dy_2d @ weight).view(*dy.shape[:-1], weight.shape[1])
-            dx = start_reduce_scatter(partial, ctx.axis) if ctx.sequence_parallel else start_all_reduce(partial, ctx.axis)
+            dx = (
+                start_reduce_scatter(partial, ctx.axis)
+                if ctx.sequence_parallel
+                else start_all_reduce(partial, ctx.axis)
+            )
         if wants_dw:
             dw = dy_2d.t() @ gathered.wait().reshape(-1, weight.shape[1])
         db = dy_2d.sum(0) if wants_db else None
@@ -144,7 +150,9 @@ class RowParallelLinear(nn.Module):
         weight = split(f"{name}.weight", (out_features, in_features), axis.rank, axis.size, dim=1)
         self.weight = factory.parameter([weight.with_facts(init_std=init_std)])
         self.bias = (
-            factory.parameter([replicated(f"{name}.bias", (out_features,), axis, partial=sequence_parallel)]) if bias else None
+            factory.parameter([replicated(f"{name}.bias", (out_features,), axis, partial=sequence_parallel)])
+            if bias
+            else None
         )
 
     def forward(self, x: Tensor) -> Tensor:

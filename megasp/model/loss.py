@@ -1,8 +1,8 @@
 """The output head and cross entropy in one: the logits of the whole batch never exist.
 
-For some rows of hidden states at a time: logits of this rank's part of the vocabulary, their log-sum-exp merged over the
-tensor-parallel ranks, the loss, and at once the gradients, which are kept in place of the logits (they are as small as
-the hidden states and the weight). So the head's GEMMs run once each, and there is nothing to recompute.
+For some rows of hidden states at a time: logits of this rank's part of the vocabulary, their log-sum-exp merged over
+the tensor-parallel ranks, the loss, and at once the gradients, which are kept in place of the logits (they are as small
+as the hidden states and the weight). So the head's GEMMs run once each, and there is nothing to recompute.
 Vocab-parallel cross entropy: arXiv 1909.08053 section 3; chunked and fused with the head: as in arXiv 2410.10989.
 """
 
@@ -34,7 +34,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight: Tensor | None = None
         for start in range(0, rows.shape[0], chunk):
             part = slice(start, start + chunk)
-            chunk_loss, dlogits = _chunk_loss(rows[part], weight, labels.reshape(-1)[part], mask.reshape(-1)[part], axis, train)
+            chunk_loss, dlogits = _chunk_loss(
+                rows[part], weight, labels.reshape(-1)[part], mask.reshape(-1)[part], axis, train
+            )
             loss += chunk_loss
             if dhidden is None or dlogits is None:
                 continue

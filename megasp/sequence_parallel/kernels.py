@@ -119,7 +119,9 @@ class CPUFlash:
     """PyTorch's flash attention for CPUs. Serves grouped queries; both lengths must be positive."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, ...]:
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, options.causal, attn_mask=None, scale=options.scale)
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, options.causal, attn_mask=None, scale=options.scale
+        )
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: tuple[Tensor, ...], options: Options

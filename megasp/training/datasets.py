@@ -2,9 +2,19 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
 from megasp.config.schema import Config
-from megasp.data import Dataset, GPTDataset, IndexedDataset, Loader, MockDataset, Tokenizer, build_tokenizer, split_ranges
+from megasp.data import (
+    Dataset,
+    GPTDataset,
+    IndexedDataset,
+    Loader,
+    MockDataset,
+    Tokenizer,
+    build_tokenizer,
+    split_ranges,
+)
 from megasp.errors import ConfigError
 from megasp.parallel_state import ParallelState
 from megasp.shard_map import ShardMap
@@ -32,7 +42,9 @@ def resolve(config: Config) -> Config:
         tokenizer = tokenizer_of(config)
         if tokenizer is None:
             raise ConfigError(
-                "no vocabulary", "the model needs its size", "give --tokenizer-type and --tokenizer-model, or --vocab-size"
+                "no vocabulary",
+                "the model needs its size",
+                "give --tokenizer-type and --tokenizer-model, or --vocab-size",
             )
         model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
     if model.max_position_embeddings is None:
@@ -49,17 +61,14 @@ def build_datasets(config: Config) -> Datasets:
     training, data = config.training, config.data
     if data.mock_data:
         assert config.model.vocab_size is not None
-        # Other samples for validation: the numbers count down from the seed.
-        train, valid = (MockDataset(config.model.vocab_size, training.seq_length, seed) for seed in (training.seed, ~training.seed))
-        return Datasets(train, valid if training.eval_iters else None)
+        vocab, length = config.model.vocab_size, training.seq_length
+        # Another seed gives other samples for validation.
+        held_out = MockDataset(vocab, length, training.seed + 1) if training.eval_iters else None
+        return Datasets(MockDataset(vocab, length, training.seed), held_out)
     corpus = IndexedDataset(data.data_path[0])
-    ranges = split_ranges(data.split, len(corpus))
-    train, valid = (
-        GPTDataset(corpus, sequences, training.seq_length, training.seed) if wanted else None
-        for sequences, wanted in zip(ranges[:2], (True, bool(training.eval_iters)), strict=True)
-    )
-    assert train is not None
-    return Datasets(train, valid)
+    train, valid, _ = split_ranges(data.split, len(corpus))
+    dataset = partial(GPTDataset, corpus, seq_length=training.seq_length, seed=training.seed)
+    return Datasets(dataset(train), dataset(valid) if training.eval_iters else None)
 
 
 def build_loader(
@@ -70,7 +79,9 @@ def build_loader(
     if config.data.eod_mask_loss:
         tokenizer = tokenizer_of(config)
         if tokenizer is None:
-            raise ConfigError("--eod-mask-loss", "the end-of-document token is the tokenizer's", "give --tokenizer-type")
+            raise ConfigError(
+                "--eod-mask-loss", "the end-of-document token is the tokenizer's", "give --tokenizer-type"
+            )
         eod = tokenizer.eod
     return Loader(
         dataset,

@@ -9,7 +9,7 @@ from megasp.config.schema import OptimizerConfig
 
 
 def build_optimizer(masters: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """PyTorch's fused AdamW over two groups, with the state in place from the start (so that a checkpoint can fill it)."""
+    """PyTorch's fused AdamW over two groups, its state in place from the start so that a checkpoint can fill it."""
     decaying = [p for p in masters if p.pieces[0].decay]  # type: ignore[attr-defined]
     others = [p for p in masters if not p.pieces[0].decay]  # type: ignore[attr-defined]
     optimizer = torch.optim.AdamW(

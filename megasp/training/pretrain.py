@@ -180,10 +180,13 @@ def _introduce(training: Training, datasets: Datasets, start: Progress) -> None:
     )
     log.info(
         f"training: steps {start.step + 1} to {steps}, {batch} samples of {config.training.seq_length} tokens a step "
-        f"({config.num_microbatches(layout)} microbatches of {config.training.micro_batch_size} on each of {layout.dp} replicas)"
+        f"({config.num_microbatches(layout)} microbatches of {config.training.micro_batch_size} "
+        f"on each of {layout.dp} replicas)"
     )
     log.info(f"data: {_describe(datasets.train, steps * batch)}")
-    log.info("loss: mean over all target tokens of the global batch (Megatron-LM averages over microbatches by default)")
+    log.info(
+        "loss: mean over all target tokens of the global batch (Megatron-LM averages over microbatches by default)"
+    )
     if config.checkpoint.save and training.state.rank == 0:
         Path(config.checkpoint.save, "config.yaml").write_text(to_yaml(config))
 
@@ -202,6 +205,8 @@ def _say_what_next(config: Config, progress: Progress, train_steps: int) -> None
     if progress.step < train_steps:
         log.info(f"to go on: the same command with --load {root}")
     else:
-        log.info(f"trained {progress.step} steps, {progress.tokens:,} tokens; metrics in {_metrics_file(config)}; next:")
+        log.info(
+            f"trained {progress.step} steps, {progress.tokens:,} tokens; metrics in {_metrics_file(config)}; next:"
+        )
         log.info(f'  megasp generate --load {root} --prompt "..."')
         log.info(f"  megasp convert to-hf --load {root} --output {root}-hf")

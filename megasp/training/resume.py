@@ -109,8 +109,9 @@ def _check_data(manifest: Manifest, config: Config, dataset: Dataset, directory:
         )
     if there != here:
         raise CheckpointError(
-            f"the corpus of {directory} was {there['name']} ({there['fingerprint']}), now it is {here['name']} ({here['fingerprint']})",
-            "a resumed run must read the corpus that it began with: appending, rebuilding or another --split reorders samples",
+            f"the corpus of {directory} was {there['name']} ({there['fingerprint']}), "
+            f"now it is {here['name']} ({here['fingerprint']})",
+            "a resumed run must read what it began with: appending, rebuilding or another --split reorders samples",
             "restore it, or use --finetune to start the data anew",
         )
     seed = manifest.metadata["rng"]["seed"]

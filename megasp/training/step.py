@@ -21,7 +21,7 @@ from megasp.training.optimizer import set_learning_rate
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step found: mean loss per token of the global batch, global gradient norm before clipping, unmasked tokens."""
+    """What a step found: mean loss per token, global gradient norm before clipping, unmasked target tokens."""
 
     loss: float
     grad_norm: float

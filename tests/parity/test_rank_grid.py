@@ -25,7 +25,10 @@ def _groups_match(layouts: list[Layout]) -> None:
             expected = layout.group(axes, dist.get_rank())
             axis = state.axes[name]
             ranks = [dist.get_rank()] if axis.group is None else dist.get_process_group_ranks(axis.group)
-            assert (ranks, axis.size, ranks[axis.rank]) == (expected, len(expected), dist.get_rank()), (layout.name, name)
+            assert (ranks, axis.size, ranks[axis.rank]) == (expected, len(expected), dist.get_rank()), (
+                layout.name,
+                name,
+            )
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])

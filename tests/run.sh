@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The whole test suite, from a fresh clone: makes a virtual environment if there is none, installs what tests need, runs.
+#   bash tests/run.sh [--full] [pytest arguments]
+# --full runs the property-based matrices whole instead of a seeded sample (hours rather than minutes).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source tests/environment.sh
+ensure_environment dev
+if [ "${1:-}" = "--full" ]; then
+    shift
+    export MEGASP_FULL_MATRIX=1
+fi
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check --quiet .
+"$PYTHON" -m mypy
+OMP_NUM_THREADS=1 exec "$PYTHON" -m pytest "$@"
