@@ -2,8 +2,8 @@
 
 Trains the same weights on the same data for some steps in one process and in each layout given, on CPU ranks of this
 machine, and compares the loss, the gradient of every canonical tensor in every step, and every weight afterwards. A
-difference is the largest absolute one in a tensor, relative to the tensor's largest value (or to a thousandth of the
-largest in the model, where that is more: some gradients, such as a key bias's without rotary, are zero but for rounding).
+difference is the largest absolute one in a tensor, relative to the tensor's largest value, or to a thousandth of the
+model's largest where that is more (a key bias's gradient without rotary is zero but for rounding).
 """
 
 import dataclasses

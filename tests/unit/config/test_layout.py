@@ -28,7 +28,7 @@ def test_every_factorisation(world_size: int) -> None:
         for rank, at in zip(ranks, places, strict=True):
             assert layout.rank(at) == rank
             assert list(at) == list(reversed(AXES)) and all(0 <= at[axis] < getattr(layout, axis) for axis in AXES)
-            formula = (((at["pp"] * layout.dp_outer + at["dp_outer"]) * layout.dp_inner + at["dp_inner"]) * layout.ring)
+            formula = ((at["pp"] * layout.dp_outer + at["dp_outer"]) * layout.dp_inner + at["dp_inner"]) * layout.ring
             formula = ((formula + at["ring"]) * layout.ulysses + at["ulysses"]) * layout.tp + at["tp"]
             assert formula == rank, f"not the formula of DESIGN.md: {layout}"
         for axes in [(axis,) for axis in AXES] + list(UNIONS.values()):

@@ -32,7 +32,9 @@ def other_value(group: type, field: dataclasses.Field[Any]) -> Any:
     if hint is bool:
         return not field.default
     if field.metadata["choices"]:
-        return next(c for c in field.metadata["choices"][::-1] if c != field.default or len(field.metadata["choices"]) == 1)
+        return next(
+            c for c in field.metadata["choices"][::-1] if c != field.default or len(field.metadata["choices"]) == 1
+        )
     if typing.get_origin(hint) is tuple:
         return ("a", "b c")
     inner = next((part for part in typing.get_args(hint) if part is not type(None)), hint)

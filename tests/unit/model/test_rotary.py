@@ -11,7 +11,9 @@ from megasp.model.rotary import cos_sin, frequencies, rotate_
 
 
 def config(head_dim: int, **values: Any) -> ModelConfig:
-    return ModelConfig(num_layers=1, hidden_size=head_dim, num_attention_heads=1, position_embedding_type="rope", **values)
+    return ModelConfig(
+        num_layers=1, hidden_size=head_dim, num_attention_heads=1, position_embedding_type="rope", **values
+    )
 
 
 def rotated(x: Tensor, positions: Tensor, channels: int, base: float = 10000.0) -> Tensor:
