@@ -38,7 +38,7 @@ def floor(module: str) -> int:
         (len(name), level)
         for level, names in enumerate(FLOORS)
         for name in names
-        if module == name or module.startswith(name + ".") and name != "megasp"
+        if module == name or (module.startswith(name + ".") and name != "megasp")
     ]
     assert fits, f"{module} has no floor: add it to FLOORS"
     return max(fits)[1]

@@ -17,7 +17,8 @@ from megasp.config.validate import nearest, validate
 from megasp.errors import ConfigError
 
 BASE: dict[str, Any] = {
-    "num_layers": 2, "hidden_size": 64, "num_attention_heads": 8, "num_query_groups": 4, "seq_length": 32,
+    "num_layers": 2, "hidden_size": 64, "num_attention_heads": 8, "group_query_attention": True,
+    "num_query_groups": 4, "seq_length": 32,
     "position_embedding_type": "rope", "vocab_size": 512, "attention_dropout": 0.0, "hidden_dropout": 0.0,
     "mock_data": True, "train_iters": 10, "lr": 1e-3,
 }  # fmt: skip

@@ -54,16 +54,6 @@ def test_refused(given: dict[str, Any]) -> None:
         pytest.fail(f"{given} passed validate")
 
 
-def test_groups_without_their_number() -> None:
-    """In Megatron-LM `--group-query-attention` alone is multi-query (num-query-groups defaults to 1)."""
-    given = {"group_query_attention": True, "num_query_groups": None}
-    try:
-        validate(*config(given))
-    except ConfigError:
-        return
-    assert config(given)[0].model.kv_heads == 1, "--group-query-attention is silently ignored"
-
-
 @pytest.mark.parametrize(
     ("name", "given"),
     [
