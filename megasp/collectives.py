@@ -92,6 +92,30 @@ def start_all_to_all(x: Tensor, axis: Axis) -> Pending:
     return Pending(out, dist.all_to_all_single(out, x, group=axis.group, async_op=True))
 
 
+class PendingExchange:
+    """Messages on their way; `wait()` returns when all have been sent and received."""
+
+    def __init__(self, works: list[Any]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
+def start_exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], axis: Axis) -> PendingExchange:
+    """Messages between single ranks of the axis: (contiguous tensor, rank on the axis) each.
+
+    Two ranks must list what passes between them in the same order. Where there is nothing, no call is made.
+    """
+    for tensor, _ in sends:
+        axis.traffic.add("send", tensor.nbytes)
+    # A rank that only receives must not post before one that only sends: one batch, both directions (NCCL's rule).
+    operations = [dist.P2POp(dist.isend, tensor, group=axis.group, group_peer=peer) for tensor, peer in sends]
+    operations += [dist.P2POp(dist.irecv, tensor, group=axis.group, group_peer=peer) for tensor, peer in receives]
+    return PendingExchange(dist.batch_isend_irecv(operations) if operations else [])
+
+
 def all_reduce_(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Reduce `x` over the axis in place, and return it."""
     if axis.size > 1:

@@ -1,23 +1,25 @@
-"""Attention kernels behind one registry: q, k, v -> (out, lse), and the backward that takes them back.
+"""Block attention with a log-sum-exp, on the devices that have it, and the backward that takes them back.
 
 Every kernel returns the log-sum-exp of each row's scores beside the output, so partial results over several blocks of
-keys can be merged (ring attention), and its backward takes out and lse from outside. Shapes, with S sequence-first:
+keys can be merged, and its backward takes the merged out and lse from outside. Shapes of one block (`blocks.Block`):
 
-    q [S, B, N, H]   k, v [S, B, G, H]   out [S, B, N, H]   lse [B, N, S] fp32 (fp64 for fp64)
+    q [B, N, Sq, H]   k, v [B, G, Sk, H]   out [B, N, Sq, H]   lse [B, N, Sq] fp32 (fp64 for fp64)
 
-N query heads share G kv heads in consecutive groups. Softmax scale is 1 / sqrt(H) unless given.
+N query heads share G kv heads in consecutive groups. A block has a mask of one of three kinds, no row without a key,
+and positive lengths; a kernel that knows causal masks serves the anticausal kind with both sequences reversed.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megasp.config.kernels import ATTENTION_KERNELS, choose_kernel
 from megasp.errors import ConfigError
+from megasp.sequence_parallel.blocks import ANTICAUSAL, CAUSAL, FULL, Block
 
 aten = torch.ops.aten
 
@@ -28,13 +30,14 @@ class AttentionDropout:
 
     Args:
         probability: of dropping.
-        bits: function (key, samples [B], first head, heads, queries, keys) -> uniform 31-bit integers [B, N, S, S].
+        bits: function (samples [B], first head, heads, query positions [Sq], key positions [Sk]) -> uniform 31-bit
+            integers [B, N, Sq, Sk].
         samples: global sample numbers, int64 [B].
         first_head: global number of the first query head that this rank holds.
     """
 
     probability: float
-    bits: Callable[[Tensor, int, int, int, int], Tensor]
+    bits: Callable[[Tensor, int, int, Tensor, Tensor], Tensor]
     samples: Tensor
     first_head: int = 0
 
@@ -42,67 +45,82 @@ class AttentionDropout:
         """The same for a rank whose first head is `offset` further."""
         return replace(self, first_head=self.first_head + offset)
 
-    def factors(self, heads: int, queries: int, keys: int) -> Tensor:
-        """0 or 1 / (1 - probability) for each probability, [B, N, queries, keys]."""
-        bits = self.bits(self.samples, self.first_head, heads, queries, keys)
+    def factors(self, block: Block, heads: int, queries: int, keys: int) -> Tensor:
+        """0 or 1 / (1 - probability) for each probability of a block, [B, N, queries, keys]."""
+        samples = self.samples if block.row is None else self.samples[block.row : block.row + 1]
+        rows = torch.arange(block.q_position, block.q_position + queries, device=samples.device)
+        columns = torch.arange(block.k_position, block.k_position + keys, device=samples.device)
+        bits = self.bits(samples, self.first_head, heads, rows, columns)
         return (bits >= int(self.probability * 2**31)) / (1 - self.probability)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What attention does besides softmax(scale q k^T) v."""
+    """What attention does besides softmax(scale q k^T) v under a mask."""
 
-    causal: bool
     scale: float
     dropout: AttentionDropout | None = None
 
+    def for_heads(self, offset: int) -> "Options":
+        return self if self.dropout is None else replace(self, dropout=self.dropout.for_heads(offset))
+
 
 class Kernel(Protocol):
-    """Block attention on [B, heads, S, H] tensors of any strides."""
+    """Attention of one block, on tensors of any strides."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, ...]:
-        """(out, lse, anything else its backward wants)."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, options: Options) -> tuple[Tensor, Tensor]:
+        """(out, lse)."""
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: tuple[Tensor, ...], options: Options
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        block: Block,
+        options: Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv from what `forward` returned."""
+        """dq, dk, dv of this block, from the out and lse of the queries over all their keys."""
 
 
 class Unfused:
-    """The mathematics written out: [B, N, S, S] scores exist. The reference, and the one with attention dropout."""
+    """The mathematics written out: [B, N, Sq, Sk] scores exist. The reference, and the one with attention dropout."""
 
     @staticmethod
-    def _probabilities(q: Tensor, k: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-        """Softmax probabilities [B, N, Sq, Sk] and lse [B, N, Sq] in fp32 or wider."""
+    def _scores(q: Tensor, k: Tensor, kind: str, scale: float) -> Tensor:
+        """Scaled scores [B, N, Sq, Sk] in fp32 or wider, -inf where hidden."""
         wide = torch.promote_types(q.dtype, torch.float32)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * options.scale
-        if options.causal:
-            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
-            scores.masked_fill_(hidden, -math.inf)
-        lse = scores.logsumexp(-1)
-        return (scores - lse[..., None]).exp_(), lse
+        scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * scale
+        if kind != FULL:
+            ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+            scores.masked_fill_(ones.triu_(1) if kind == CAUSAL else ones.tril_(-1), -math.inf)
+        return scores
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, ...]:
-        probabilities, lse = self._probabilities(q, k, options)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, options: Options) -> tuple[Tensor, Tensor]:
+        scores = self._scores(q, k, block.kind, options.scale)
+        lse = scores.logsumexp(-1)
+        probabilities = (scores - lse[..., None]).exp_()
         if options.dropout is not None:
-            probabilities *= options.dropout.factors(*probabilities.shape[1:])
+            probabilities *= options.dropout.factors(block, *probabilities.shape[1:])
         out = probabilities @ v.repeat_interleave(q.shape[1] // v.shape[1], 1).to(probabilities.dtype)
         return out.to(q.dtype), lse
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: tuple[Tensor, ...], options: Options
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, options: Options
     ) -> tuple[Tensor, Tensor, Tensor]:
-        probabilities, _ = self._probabilities(q, k, options)
+        probabilities = (self._scores(q, k, block.kind, options.scale) - lse[..., None]).exp_()
         groups = q.shape[1] // k.shape[1]
-        wide_q, wide_k, wide_v, wide_dout = (x.to(probabilities.dtype) for x in (q, k, v, dout))
-        factors = options.dropout.factors(*probabilities.shape[1:]) if options.dropout is not None else None
+        wide_q, wide_k, wide_v, wide_out, wide_dout = (x.to(probabilities.dtype) for x in (q, k, v, out, dout))
+        factors = None if options.dropout is None else options.dropout.factors(block, *probabilities.shape[1:])
         dropped = probabilities if factors is None else probabilities * factors
         dprobabilities = wide_dout @ wide_v.repeat_interleave(groups, 1).transpose(-1, -2)
         if factors is not None:
             dprobabilities *= factors
-        mean = (dprobabilities * probabilities).sum(-1, keepdim=True)
+        # The mean of dprobabilities over all keys of the row, of which this block may have some alone (arXiv 2205.14135).
+        mean = (wide_dout * wide_out).sum(-1, keepdim=True)
         dscores = (dprobabilities - mean).mul_(probabilities).mul_(options.scale)
         dq = dscores @ wide_k.repeat_interleave(groups, 1)
         dk = _sum_groups(dscores.transpose(-1, -2) @ wide_q, groups)
@@ -112,63 +130,87 @@ class Unfused:
 
 def _sum_groups(x: Tensor, groups: int) -> Tensor:
     """[B, N, S, H] gradients by query head -> [B, N / groups, S, H] by kv head."""
-    return x.unflatten(1, (-1, groups)).sum(2)
+    return x if groups == 1 else x.unflatten(1, (-1, groups)).sum(2)
 
 
-class CPUFlash:
-    """PyTorch's flash attention for CPUs. Serves grouped queries; both lengths must be positive."""
+class _Causal:
+    """A kernel that knows no mask and the causal one. Anticausal blocks are reversed into causal ones."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, ...]:
-        return aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, options.causal, attn_mask=None, scale=options.scale
-        )
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, options: Options) -> tuple[Tensor, Tensor]:
+        if block.kind != ANTICAUSAL:
+            return self._forward(q, k, v, block.kind == CAUSAL, options.scale)
+        out, lse = self._forward(*(x.flip(2) for x in (q, k, v)), True, options.scale)
+        return out.flip(2), lse.flip(2)
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: tuple[Tensor, ...], options: Options
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, options: Options
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = dout, q, k, v, out, lse
+        if block.kind != ANTICAUSAL:
+            return self._backward(*tensors, block.kind == CAUSAL, options.scale)
+        dq, dk, dv = self._backward(*(x.flip(2) for x in tensors), True, options.scale)
+        return dq.flip(2), dk.flip(2), dv.flip(2)
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class CPUFlash(_Causal):
+    """PyTorch's flash attention for CPUs. Serves grouped queries."""
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=None, scale=scale)
+
+    def _backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, *saved, 0.0, options.causal, attn_mask=None, scale=options.scale
+            dout, q, k, v, out, lse, 0.0, causal, attn_mask=None, scale=scale
         )
 
 
-class CUDAFlash:
+def _no_random_state(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Seed and offset of the dropout that the CUDA kernels are not asked for."""
+    return tuple(torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))  # type: ignore[return-value]
+
+
+class CUDAFlash(_Causal):
     """PyTorch's flash attention for CUDA. Serves grouped queries."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, ...]:
-        out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(
-            q, k, v, 0.0, options.causal, False, scale=options.scale
-        )
-        return out, lse, seed, offset
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
 
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: tuple[Tensor, ...], options: Options
+    def _backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        out, lse, seed, offset = saved
-        lengths = q.shape[2], k.shape[2]
+        lengths, random = (q.shape[2], k.shape[2]), _no_random_state(q.device)
         return aten._scaled_dot_product_flash_attention_backward(
-            dout, q, k, v, out, lse, None, None, *lengths, 0.0, options.causal, seed, offset, scale=options.scale
+            dout, q, k, v, out, lse.contiguous(), None, None, *lengths, 0.0, causal, *random, scale=scale
         )
 
 
-class CUDNN:
+class CUDNN(_Causal):
     """cuDNN's attention. kv heads are repeated for it, and their gradients summed."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, ...]:
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, options.causal, False, scale=options.scale
-        )
-        return out, lse, seed, offset
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+        return out, lse.view(q.shape[:3])
 
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: tuple[Tensor, ...], options: Options
+    def _backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        out, lse, seed, offset = saved
         groups = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-        lengths = q.shape[2], k.shape[2]
+        lengths, random = (q.shape[2], k.shape[2]), _no_random_state(q.device)
+        lse = lse.contiguous()[..., None]  # as it makes it, [B, N, S, 1]
         dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
-            dout, q, k, v, out, lse, seed, offset, None, None, None, *lengths, 0.0, options.causal, scale=options.scale
+            dout, q, k, v, out, lse, *random, None, None, None, *lengths, 0.0, causal, scale=scale
         )
         return dq, _sum_groups(dk, groups), _sum_groups(dv, groups)
 
@@ -202,51 +244,3 @@ def choose(backend: str, device_type: str, dtype: torch.dtype, dropout: float = 
     if name is None:
         raise ConfigError(f"--attention-backend {backend}", reasons, "use --attention-backend auto")
     return name
-
-
-class _Attend(torch.autograd.Function):
-    """Saves q, k, v, out, lse (and what the kernel adds: two random-state scalars on CUDA)."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, options: Options) -> tuple[Tensor, Tensor]:
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-        saved = kernel.forward(q, k, v, options)
-        ctx.save_for_backward(q, k, v, *saved)
-        ctx.kernel, ctx.options = kernel, options
-        out, lse = saved[:2]
-        ctx.mark_non_differentiable(lse)
-        return out.permute(2, 0, 1, 3), lse
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *saved = ctx.saved_tensors
-        gradients = ctx.kernel.backward(dout.permute(1, 2, 0, 3), q, k, v, tuple(saved), ctx.options)
-        return *(x.permute(2, 0, 1, 3) for x in gradients), None, None
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    backend: str = "auto",
-    causal: bool = True,
-    scale: float | None = None,
-    dropout: AttentionDropout | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention over the whole sequence on this rank.
-
-    Args:
-        q: [S, B, N, H].
-        k, v: [S, B, G, H]; G divides N.
-        backend: a kernel's name, or "auto".
-        causal: whether position i sees only keys at or before i.
-        scale: of the scores; 1 / sqrt(H) without it.
-        dropout: of the probabilities; only "unfused" serves it.
-    Returns:
-        out [S, B, N, H] and lse [B, N, S] (not differentiable).
-    """
-    probability = dropout.probability if dropout is not None else 0.0
-    name = choose(backend, q.device.type, q.dtype, probability, q.shape[-1])
-    options = Options(causal, scale or q.shape[-1] ** -0.5, dropout)
-    return _Attend.apply(q, k, v, KERNELS[name, q.device.type], options)
