@@ -198,7 +198,8 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _backward(dout.permute(1, 2, 0, 3), *ctx.saved_tensors, ctx.job)
+        q, k, v, out, lse = ctx.saved_tensors
+        gradients = _backward(dout.permute(1, 2, 0, 3), q, k, v, out, lse, ctx.job)
         return *(x.permute(2, 0, 1, 3) for x in gradients), None
 
 

@@ -119,7 +119,7 @@ class Unfused:
         dprobabilities = wide_dout @ wide_v.repeat_interleave(groups, 1).transpose(-1, -2)
         if factors is not None:
             dprobabilities *= factors
-        # The mean of dprobabilities over all keys of the row, of which this block may have some alone (arXiv 2205.14135).
+        # The mean over all keys of the row, of which this block may have only some (arXiv 2205.14135).
         mean = (wide_dout * wide_out).sum(-1, keepdim=True)
         dscores = (dprobabilities - mean).mul_(probabilities).mul_(options.scale)
         dq = dscores @ wide_k.repeat_interleave(groups, 1)
@@ -139,16 +139,16 @@ class _Causal:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, options: Options) -> tuple[Tensor, Tensor]:
         if block.kind != ANTICAUSAL:
             return self._forward(q, k, v, block.kind == CAUSAL, options.scale)
-        out, lse = self._forward(*(x.flip(2) for x in (q, k, v)), True, options.scale)
+        out, lse = self._forward(q.flip(2), k.flip(2), v.flip(2), True, options.scale)
         return out.flip(2), lse.flip(2)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, options: Options
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tensors = dout, q, k, v, out, lse
         if block.kind != ANTICAUSAL:
-            return self._backward(*tensors, block.kind == CAUSAL, options.scale)
-        dq, dk, dv = self._backward(*(x.flip(2) for x in tensors), True, options.scale)
+            return self._backward(dout, q, k, v, out, lse, block.kind == CAUSAL, options.scale)
+        dout, q, k, v, out, lse = (x.flip(2) for x in (dout, q, k, v, out, lse))
+        dq, dk, dv = self._backward(dout, q, k, v, out, lse, True, options.scale)
         return dq.flip(2), dk.flip(2), dv.flip(2)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

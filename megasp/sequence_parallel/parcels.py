@@ -22,7 +22,9 @@ class Parcel:
         assert all(x.itemsize >= y.itemsize for x, y in pairwise(like))
         sizes = [x.numel() * x.itemsize for x in like]
         buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=like[0].device)
-        return cls(buffer, tuple(part.view(x.dtype).view(x.shape) for part, x in zip(buffer.split(sizes), like, strict=True)))
+        return cls(
+            buffer, tuple(part.view(x.dtype).view(x.shape) for part, x in zip(buffer.split(sizes), like, strict=True))
+        )
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> "Parcel":

@@ -1,8 +1,8 @@
 """How the blocks of a split attention reach the ranks, as data: per step what each rank computes, and what travels.
 
 A task is "the queries of owner q with the keys of owner k, on this rank"; each pair of owners that have a block is
-exactly one task, done by one rank. A schedule is a list of steps. Messages of a step are on their way while its tasks run
-and are there when the next step begins, so every transfer has a step of computation to hide behind. Forward messages are
+exactly one task, done by one rank. A schedule is a list of steps. Messages of a step are on their way while its tasks
+run and are there when the next step begins, so every transfer has a step of computation to hide behind. Forward:
 
     kv    keys and values of their owner          q     queries, to a rank that computes for their owner
     out   partial output and lse, home again
