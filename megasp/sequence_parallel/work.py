@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from megasp.sequence_parallel.blocks import CAUSAL, Block, Mask, blocks
 from megasp.sequence_parallel.schedules import SCHEDULES, Task
 from megasp.shard_map import Ranges
 
-Documents = Sequence[Sequence[int]]
+Documents = Sequence[np.ndarray]
 """Per sample of the microbatch, the positions at which its documents begin: int64, ascending, the first is 0."""
 
 
