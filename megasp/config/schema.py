@@ -160,7 +160,7 @@ class TrainingConfig:
     attention_backend: str = flag(
         "auto",
         "attention kernel; auto picks the best that this machine has, unfused (local) is the exact reference",
-        choices=("auto", "flash", "fused", "unfused", "local"),
+        choices=("auto", "flash", "fused", "flash-attn-2", "flash-attn-3", "unfused", "local"),
     )
     recompute_granularity: str | None = flag(
         None,

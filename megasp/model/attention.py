@@ -13,7 +13,7 @@ from megasp.model.norm import Norm
 from megasp.model.rotary import rotate_
 from megasp.parallel_state import ParallelState
 from megasp.sequence_parallel import Kept, SequenceAttention, Work
-from megasp.sequence_parallel.kernels import AttentionDropout
+from megasp.sequence_parallel.block_kernels import AttentionDropout
 
 
 @dataclass(frozen=True)

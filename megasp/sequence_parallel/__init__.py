@@ -3,7 +3,9 @@
 blocks        which queries see which keys: rectangles of three kinds of mask
 schedules     who computes them when, and what travels: ring, LightSeq, all-gather; drawn and simulated
 work          both, for one microbatch
-kernels       attention of one block, with its log-sum-exp
+block_kernels attention of one block, with its log-sum-exp: the contract and every device's kernels
+cuda_kernels  the same on CUDA
+kernels       their names
 parcels       partial results, and tensors in one message
 attend        runs a schedule on the ring axis
 ulysses       exchanges sequence for heads around it

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from megasp.collectives import start_exchange
 from megasp.parallel_state import Axis
+from megasp.sequence_parallel.block_kernels import AttentionDropout, Kernel, Options
 from megasp.sequence_parallel.blocks import Block, Mask
-from megasp.sequence_parallel.kernels import KERNELS, AttentionDropout, Kernel, Options, choose
+from megasp.sequence_parallel.kernels import KERNELS, choose
 from megasp.sequence_parallel.parcels import Parcel, Partial
 from megasp.sequence_parallel.schedules import DKV, DQ, KV, OUT, Message, Q, Step
 from megasp.sequence_parallel.work import Work

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from megasp.parallel_state import ParallelState
 from megasp.sequence_parallel.attend import Kept, attend
+from megasp.sequence_parallel.block_kernels import AttentionDropout
 from megasp.sequence_parallel.blocks import Mask
-from megasp.sequence_parallel.kernels import AttentionDropout
 from megasp.sequence_parallel.ulysses import UlyssesAttention, head_shares
 from megasp.sequence_parallel.work import Documents, Work
 from megasp.shard_map import ShardMap

@@ -1,219 +1,13 @@
-"""Block attention with a log-sum-exp, on the devices that have it, and the backward that takes them back.
+"""The attention kernels by name, which of them this machine has, and which one is meant."""
 
-Every kernel returns the log-sum-exp of each row's scores beside the output, so partial results over several blocks of
-keys can be merged, and its backward takes the merged out and lse from outside. Shapes of one block (`blocks.Block`):
-
-    q [B, N, Sq, H]   k, v [B, G, Sk, H]   out [B, N, Sq, H]   lse [B, N, Sq] fp32 (fp64 for fp64)
-
-N query heads share G kv heads in consecutive groups. A block has a mask of one of three kinds, no row without a key,
-and positive lengths; a kernel that knows causal masks serves the anticausal kind with both sequences reversed.
-"""
-
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Protocol
+import importlib.util
 
 import torch
-from torch import Tensor
 
 from megasp.config.kernels import ATTENTION_KERNELS, choose_kernel
 from megasp.errors import ConfigError
-from megasp.sequence_parallel.blocks import ANTICAUSAL, CAUSAL, FULL, Block
-
-aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class AttentionDropout:
-    """Dropout of attention probabilities whose mask is a function of (key, sample, head, query and key position).
-
-    Args:
-        probability: of dropping.
-        bits: function (samples [B], first head, heads, query positions [Sq], key positions [Sk]) -> uniform 31-bit
-            integers [B, N, Sq, Sk].
-        samples: global sample numbers, int64 [B].
-        first_head: global number of the first query head that this rank holds.
-    """
-
-    probability: float
-    bits: Callable[[Tensor, int, int, Tensor, Tensor], Tensor]
-    samples: Tensor
-    first_head: int = 0
-
-    def for_heads(self, offset: int) -> "AttentionDropout":
-        """The same for a rank whose first head is `offset` further."""
-        return replace(self, first_head=self.first_head + offset)
-
-    def factors(self, block: Block, heads: int, queries: int, keys: int) -> Tensor:
-        """0 or 1 / (1 - probability) for each probability of a block, [B, N, queries, keys]."""
-        samples = self.samples if block.row is None else self.samples[block.row : block.row + 1]
-        rows = torch.arange(block.q_position, block.q_position + queries, device=samples.device)
-        columns = torch.arange(block.k_position, block.k_position + keys, device=samples.device)
-        bits = self.bits(samples, self.first_head, heads, rows, columns)
-        return (bits >= int(self.probability * 2**31)) / (1 - self.probability)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What attention does besides softmax(scale q k^T) v under a mask."""
-
-    scale: float
-    dropout: AttentionDropout | None = None
-
-    def for_heads(self, offset: int) -> "Options":
-        return self if self.dropout is None else replace(self, dropout=self.dropout.for_heads(offset))
-
-
-class Kernel(Protocol):
-    """Attention of one block, on tensors of any strides."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, options: Options) -> tuple[Tensor, Tensor]:
-        """(out, lse)."""
-
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        block: Block,
-        options: Options,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv of this block, from the out and lse of the queries over all their keys."""
-
-
-class Unfused:
-    """The mathematics written out: [B, N, Sq, Sk] scores exist. The reference, and the one with attention dropout."""
-
-    @staticmethod
-    def _scores(q: Tensor, k: Tensor, kind: str, scale: float) -> Tensor:
-        """Scaled scores [B, N, Sq, Sk] in fp32 or wider, -inf where hidden."""
-        wide = torch.promote_types(q.dtype, torch.float32)
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * scale
-        if kind != FULL:
-            ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
-            scores.masked_fill_(ones.triu_(1) if kind == CAUSAL else ones.tril_(-1), -math.inf)
-        return scores
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, options: Options) -> tuple[Tensor, Tensor]:
-        scores = self._scores(q, k, block.kind, options.scale)
-        lse = scores.logsumexp(-1)
-        probabilities = (scores - lse[..., None]).exp_()
-        if options.dropout is not None:
-            probabilities *= options.dropout.factors(block, *probabilities.shape[1:])
-        out = probabilities @ v.repeat_interleave(q.shape[1] // v.shape[1], 1).to(probabilities.dtype)
-        return out.to(q.dtype), lse
-
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, options: Options
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        probabilities = (self._scores(q, k, block.kind, options.scale) - lse[..., None]).exp_()
-        groups = q.shape[1] // k.shape[1]
-        wide_q, wide_k, wide_v, wide_out, wide_dout = (x.to(probabilities.dtype) for x in (q, k, v, out, dout))
-        factors = None if options.dropout is None else options.dropout.factors(block, *probabilities.shape[1:])
-        dropped = probabilities if factors is None else probabilities * factors
-        dprobabilities = wide_dout @ wide_v.repeat_interleave(groups, 1).transpose(-1, -2)
-        if factors is not None:
-            dprobabilities *= factors
-        # The mean over all keys of the row, of which this block may have only some (arXiv 2205.14135).
-        mean = (wide_dout * wide_out).sum(-1, keepdim=True)
-        dscores = (dprobabilities - mean).mul_(probabilities).mul_(options.scale)
-        dq = dscores @ wide_k.repeat_interleave(groups, 1)
-        dk = _sum_groups(dscores.transpose(-1, -2) @ wide_q, groups)
-        dv = _sum_groups(dropped.transpose(-1, -2) @ wide_dout, groups)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-
-def _sum_groups(x: Tensor, groups: int) -> Tensor:
-    """[B, N, S, H] gradients by query head -> [B, N / groups, S, H] by kv head."""
-    return x if groups == 1 else x.unflatten(1, (-1, groups)).sum(2)
-
-
-class _Causal:
-    """A kernel that knows no mask and the causal one. Anticausal blocks are reversed into causal ones."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, options: Options) -> tuple[Tensor, Tensor]:
-        if block.kind != ANTICAUSAL:
-            return self._forward(q, k, v, block.kind == CAUSAL, options.scale)
-        out, lse = self._forward(q.flip(2), k.flip(2), v.flip(2), True, options.scale)
-        return out.flip(2), lse.flip(2)
-
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, options: Options
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if block.kind != ANTICAUSAL:
-            return self._backward(dout, q, k, v, out, lse, block.kind == CAUSAL, options.scale)
-        dout, q, k, v, out, lse = (x.flip(2) for x in (dout, q, k, v, out, lse))
-        dq, dk, dv = self._backward(dout, q, k, v, out, lse, True, options.scale)
-        return dq.flip(2), dk.flip(2), dv.flip(2)
-
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-    def _backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
-
-
-class CPUFlash(_Causal):
-    """PyTorch's flash attention for CPUs. Serves grouped queries."""
-
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=None, scale=scale)
-
-    def _backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, lse, 0.0, causal, attn_mask=None, scale=scale
-        )
-
-
-def _no_random_state(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Seed and offset of the dropout that the CUDA kernels are not asked for."""
-    return tuple(torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))  # type: ignore[return-value]
-
-
-class CUDAFlash(_Causal):
-    """PyTorch's flash attention for CUDA. Serves grouped queries."""
-
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
-
-    def _backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        lengths, random = (q.shape[2], k.shape[2]), _no_random_state(q.device)
-        return aten._scaled_dot_product_flash_attention_backward(
-            dout, q, k, v, out, lse.contiguous(), None, None, *lengths, 0.0, causal, *random, scale=scale
-        )
-
-
-class CUDNN(_Causal):
-    """cuDNN's attention. kv heads are repeated for it, and their gradients summed."""
-
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
-        return out, lse.view(q.shape[:3])
-
-    def _backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        groups = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-        lengths, random = (q.shape[2], k.shape[2]), _no_random_state(q.device)
-        lse = lse.contiguous()[..., None]  # as it makes it, [B, N, S, 1]
-        dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
-            dout, q, k, v, out, lse, *random, None, None, None, *lengths, 0.0, causal, scale=scale
-        )
-        return dq, _sum_groups(dk, groups), _sum_groups(dv, groups)
-
+from megasp.sequence_parallel.block_kernels import CPUFlash, Kernel, Unfused
+from megasp.sequence_parallel.cuda_kernels import CUDNN, CUDAFlash, FlashAttention2, FlashAttention3
 
 KERNELS: dict[tuple[str, str], Kernel] = {
     ("unfused", "cpu"): Unfused(),
@@ -221,6 +15,8 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("flash", "cpu"): CPUFlash(),
     ("flash", "cuda"): CUDAFlash(),
     ("fused", "cuda"): CUDNN(),
+    ("flash-attn-2", "cuda"): FlashAttention2(),
+    ("flash-attn-3", "cuda"): FlashAttention3(),
 }
 """(name, device type) -> kernel; what each can serve stands in `megasp.config.kernels`."""
 
@@ -229,8 +25,13 @@ def available() -> list[tuple[str, bool, str]]:
     """(name, whether this machine has it, what it is) of every kernel."""
     devices = {"cpu"} | ({"cuda"} if torch.cuda.is_available() else set())
     return [
-        (name, bool(devices & facts.devices.keys()), facts.description) for name, facts in ATTENTION_KERNELS.items()
+        (name, bool(devices & facts.devices.keys()) and _installed(facts.module), facts.description)
+        for name, facts in ATTENTION_KERNELS.items()
     ]
+
+
+def _installed(module: str | None) -> bool:
+    return module is None or importlib.util.find_spec(module) is not None
 
 
 def choose(backend: str, device_type: str, dtype: torch.dtype, dropout: float = 0.0, head_dim: int = 64) -> str:
@@ -243,4 +44,11 @@ def choose(backend: str, device_type: str, dtype: torch.dtype, dropout: float = 
     name, reasons = choose_kernel(backend, device_type, dtype_name, dropout, head_dim)
     if name is None:
         raise ConfigError(f"--attention-backend {backend}", reasons, "use --attention-backend auto")
+    facts = ATTENTION_KERNELS[name]
+    if not _installed(facts.module):
+        raise ConfigError(
+            f"--attention-backend {backend}",
+            f"{facts.description} is not installed here (module {facts.module})",
+            "install it, or use --attention-backend auto",
+        )
     return name

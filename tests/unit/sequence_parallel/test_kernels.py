@@ -7,8 +7,9 @@ from torch import Tensor
 from megasp.config.kernels import ATTENTION_KERNELS, choose_kernel
 from megasp.errors import ConfigError
 from megasp.sequence_parallel import Mask, Work, attend
+from megasp.sequence_parallel.block_kernels import Options
 from megasp.sequence_parallel.blocks import ANTICAUSAL, CAUSAL, FULL, Block
-from megasp.sequence_parallel.kernels import KERNELS, Options, choose
+from megasp.sequence_parallel.kernels import KERNELS, choose
 from megasp.sequence_parallel.parcels import Parcel, Partial
 from tests.reference_attention import attention, visible
 
@@ -89,3 +90,5 @@ def test_registry() -> None:
     assert name is None and "attention dropout" in reasons
     with pytest.raises(ConfigError, match="attention-backend fused"):
         choose("fused", "cpu", torch.float32)
+    with pytest.raises(ConfigError, match="is not installed here"):
+        choose("flash-attn-3", "cuda", torch.bfloat16)
