@@ -12,18 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasp.collectives import start_exchange
 from megasp.parallel_state import Axis
-from megasp.sequence_parallel.block_kernels import AttentionDropout, Kernel, Options
+from megasp.sequence_parallel.block_kernels import AttentionDropout, Kernel, Options, VarlenKernel
 from megasp.sequence_parallel.blocks import Block, Mask
 from megasp.sequence_parallel.kernels import KERNELS, choose
-from megasp.sequence_parallel.parcels import Parcel, Partial
-from megasp.sequence_parallel.schedules import DKV, DQ, KV, OUT, Message, Q, Step
+from megasp.sequence_parallel.packing import Pack
+from megasp.sequence_parallel.parcels import Partial
+from megasp.sequence_parallel.schedules import DKV, DQ, KV, OUT, Q, Step, Task
+from megasp.sequence_parallel.transport import Key, Transport
 from megasp.sequence_parallel.work import Work
 
 ONE_RANK = Axis("ring")
-Key = tuple[str, int, int]
-"""(what, owner, part of the heads)."""
 
 
 @dataclass
@@ -48,77 +47,20 @@ class _Job:
         each = heads // self.work.schedule.parts
         return slice(part * each, (part + 1) * each)
 
+    def own_keys(self, k: Tensor, v: Tensor) -> dict[Key, tuple[Tensor, ...]]:
+        """This rank's keys and values, by part of the heads."""
+        parts = [self.heads(k.shape[1], part) for part in range(self.work.schedule.parts)]
+        return {(KV, self.axis.rank, part): (k[:, heads], v[:, heads]) for part, heads in enumerate(parts)}
+
+    def tasks(self, transport: Transport, steps: tuple[Step, ...]) -> Iterator[Task]:
+        """This rank's tasks, with each step's messages on their way meanwhile."""
+        for step in transport.steps(steps):
+            yield from (task for task in step.tasks if task.rank == self.axis.rank)
+
 
 def _index(block: Block, columns: tuple[int, int], heads: slice) -> tuple[slice, slice, slice]:
     """The samples, heads and columns of a block in a tensor [B, heads, S, ...]."""
     return slice(None) if block.row is None else slice(block.row, block.row + 1), heads, slice(*columns)
-
-
-class _Run:
-    """One direction of an attention on this rank: what it holds and sends, by key.
-
-    Args:
-        own: this rank's tensors, [B, heads, S, ...] of any strides.
-        like: what -> tensors of the shapes and dtypes of such a message; all shards are of one size.
-    """
-
-    def __init__(self, axis: Axis, own: dict[Key, tuple[Tensor, ...]], like: dict[str, tuple[Tensor, ...]]) -> None:
-        self.axis, self.own, self.like = axis, own, like
-        self.arrived: dict[Key, Parcel] = {}
-        self.outputs: dict[int, Partial] = {}
-        self.sums: dict[Key, Parcel] = {}
-
-    def steps(self, steps: tuple[Step, ...]) -> Iterator[Step]:
-        """Each step, with its messages on their way while the caller computes."""
-        rank = self.axis.rank
-        packed: dict[Key, Parcel] = {}  # own tensors that go to several ranks are copied once
-        for step in steps:
-            sends = [(self._outgoing(m, packed).buffer, m.target) for m in step.messages if m.source == rank]
-            incoming = [(m, Parcel.empty(self.like[m.what])) for m in step.messages if m.target == rank]
-            pending = start_exchange(sends, [(parcel.buffer, m.source) for m, parcel in incoming], self.axis)
-            yield step
-            pending.wait()
-            self.arrived = {}
-            for message, parcel in incoming:
-                self._receive(message, parcel)
-
-    def _outgoing(self, message: Message, packed: dict[Key, Parcel]) -> Parcel:
-        key = (message.what, message.owner, message.part)
-        if message.what == OUT:
-            partial = self.outputs.pop(message.owner)
-            return Parcel.of((partial.lse, partial.out.to(self.like[OUT][1].dtype)))
-        if message.what in (DKV, DQ):
-            return self.sums.pop(key)
-        if key in self.arrived:
-            return self.arrived[key]
-        if key not in packed:
-            packed[key] = Parcel.of(self.own[key])
-        return packed[key]
-
-    def _receive(self, message: Message, parcel: Parcel) -> None:
-        key = (message.what, message.owner, message.part)
-        if message.what == OUT:
-            lse, out = parcel.tensors
-            self.outputs[message.owner].merge(out, lse)
-        elif message.what in (DKV, DQ):
-            self.sum(key).add_(parcel)
-        else:
-            self.arrived[key] = parcel
-
-    def held(self, key: Key) -> tuple[Tensor, ...]:
-        return self.arrived[key].tensors if key in self.arrived else self.own[key]
-
-    def output(self, owner: int, q: Tensor) -> Partial:
-        """What has been computed of the output of `owner`'s queries."""
-        if owner not in self.outputs:
-            self.outputs[owner] = Partial(q)
-        return self.outputs[owner]
-
-    def sum(self, key: Key) -> Parcel:
-        """What has been computed of a gradient."""
-        if key not in self.sums:
-            self.sums[key] = Parcel.zeros(self.like[key[0]])
-        return self.sums[key]
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, job: _Job) -> tuple[Tensor, Tensor]:
@@ -126,24 +68,24 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, job: _Job) -> tuple[Tensor, Tensor
     work, rank = job.work, job.axis.rank
     if work.whole is not None:
         return job.kernel.forward(q, k, v, work.whole, job.options)
-    parts = [job.heads(k.shape[1], part) for part in range(work.schedule.parts)]
-    own = {(KV, rank, part): (k[:, heads], v[:, heads]) for part, heads in enumerate(parts)}
-    mine = Partial(q)
+    own, mine = job.own_keys(k, v), Partial(q)
     like = {KV: own[KV, rank, 0], Q: (q,), OUT: (mine.lse, q)}
-    run = _Run(job.axis, {**own, (Q, rank, 0): (q,)}, like)
-    run.outputs[rank] = mine
-    for step in run.steps(work.schedule.forward):
-        for task in step.tasks:
-            if task.rank != rank:
+    transport = Transport(job.axis, {**own, (Q, rank, 0): (q,)}, like)
+    transport.outputs[rank] = mine
+    for task in job.tasks(transport, work.schedule.forward):
+        heads = job.heads(q.shape[1], task.part)
+        options = job.options.for_heads(heads.start)
+        (queries,), (keys, values) = transport.held((Q, task.q, 0)), transport.held((KV, task.k, task.part))
+        output = transport.output(task.q, q)
+        for call in work.calls(task.q, task.k, isinstance(job.kernel, VarlenKernel)):
+            if isinstance(call, Pack):
+                tensors, lengths = call.take((queries[:, heads],), (keys, values))
+                out, lse = job.kernel.forward_varlen(*tensors, *lengths, call.causal, options.scale)  # type: ignore[attr-defined]
+                output.merge_columns(out.transpose(0, 1)[None], lse[None], call.rows, heads, call.q(q.device)[0])
                 continue
-            heads = job.heads(q.shape[1], task.part)
-            options = job.options.for_heads(heads.start)
-            (queries,), (keys, values) = run.held((Q, task.q, 0)), run.held((KV, task.k, task.part))
-            output = run.output(task.q, q)
-            for block in work.blocks(task.q, task.k):
-                rows, columns = _index(block, block.q, heads), _index(block, block.k, slice(None))
-                out, lse = job.kernel.forward(queries[rows], keys[columns], values[columns], block, options)
-                output.merge(out, lse, rows)
+            rows, columns = _index(call, call.q, heads), _index(call, call.k, slice(None))
+            out, lse = job.kernel.forward(queries[rows], keys[columns], values[columns], call, options)
+            output.merge(out, lse, rows)
     return mine.out.to(q.dtype), mine.lse
 
 
@@ -154,32 +96,50 @@ def _backward(
     work, rank = job.work, job.axis.rank
     if work.whole is not None:
         return job.kernel.backward(dout, q, k, v, out, lse, work.whole, job.options)
-    parts = [job.heads(k.shape[1], part) for part in range(work.schedule.parts)]
-    own = {(KV, rank, part): (k[:, heads], v[:, heads]) for part, heads in enumerate(parts)}
-    queries = (lse, q, dout, out)
+    own, queries = job.own_keys(k, v), (lse, q, dout, out)
     wide_kv = tuple(lse.new_empty(()).expand(x.shape) for x in own[KV, rank, 0])  # shapes and a dtype, no memory
     like = {KV: own[KV, rank, 0], Q: queries, DKV: wide_kv, DQ: (lse.new_empty(()).expand(q.shape),)}
-    run = _Run(job.axis, {**own, (Q, rank, 0): queries}, like)
-    for step in run.steps(work.schedule.backward):
-        for task in step.tasks:
-            if task.rank != rank:
-                continue
-            heads = job.heads(q.shape[1], task.part)
-            options = job.options.for_heads(heads.start)
-            held, (keys, values) = run.held((Q, task.q, 0)), run.held((KV, task.k, task.part))
-            (dq,), (dk, dv) = run.sum((DQ, task.q, 0)).tensors, run.sum((DKV, task.k, task.part)).tensors
-            for block in work.blocks(task.q, task.k):
-                rows, columns = _index(block, block.q, heads), _index(block, block.k, slice(None))
-                lse_b, q_b, dout_b, out_b = (x[rows] for x in held)
-                gradients = job.kernel.backward(
-                    dout_b, q_b, keys[columns], values[columns], out_b, lse_b.contiguous(), block, options
-                )
-                for total, gradient in zip((dq[rows], dk[columns], dv[columns]), gradients, strict=True):
-                    total += gradient
-    (dq,) = run.sum((DQ, rank, 0)).tensors
-    by_part = [run.sum((DKV, rank, part)).tensors for part in range(len(parts))]
-    dk, dv = (torch.cat(tensors, 1) if len(parts) > 1 else tensors[0] for tensors in zip(*by_part, strict=True))
+    transport = Transport(job.axis, {**own, (Q, rank, 0): queries}, like)
+    for task in job.tasks(transport, work.schedule.backward):
+        heads = job.heads(q.shape[1], task.part)
+        held, keys = transport.held((Q, task.q, 0)), transport.held((KV, task.k, task.part))
+        (dq,), dkv = transport.sum((DQ, task.q, 0)).tensors, transport.sum((DKV, task.k, task.part)).tensors
+        mine, sums = tuple(x[:, heads] for x in held), (dq[:, heads], *dkv)
+        for call in work.calls(task.q, task.k, isinstance(job.kernel, VarlenKernel)):
+            if isinstance(call, Pack):
+                _backward_pack(mine, keys, sums, call, job)
+            else:
+                _backward_block(mine, keys, sums, call, job, job.options.for_heads(heads.start))
+    (dq,) = transport.sum((DQ, rank, 0)).tensors
+    by_part = [transport.sum((DKV, rank, part)).tensors for part in range(work.schedule.parts)]
+    dk, dv = (torch.cat(tensors, 1) if len(by_part) > 1 else tensors[0] for tensors in zip(*by_part, strict=True))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+Tensors = tuple[Tensor, ...]
+
+
+def _backward_block(held: Tensors, keys: Tensors, sums: Tensors, block: Block, job: _Job, options: Options) -> None:
+    """Add one block's gradients to `sums` (dq, dk, dv); `held` is lse, q, dout and out."""
+    rows, columns = _index(block, block.q, slice(None)), _index(block, block.k, slice(None))
+    lse, q, dout, out = (x[rows] for x in held)
+    k, v = (x[columns] for x in keys)
+    gradients = job.kernel.backward(dout, q, k, v, out, lse.contiguous(), block, options)
+    for total, gradient, index in zip(sums, gradients, (rows, columns, columns), strict=True):
+        total[index] += gradient
+
+
+def _backward_pack(held: Tensors, keys: Tensors, sums: Tensors, pack: Pack, job: _Job) -> None:
+    """The same for a pack."""
+    (q, dout, out, k, v), lengths = pack.take(held[1:], keys)
+    columns = pack.q(q.device)[0]
+    lse = held[0][pack.row].index_select(1, columns).contiguous()
+    gradients = job.kernel.backward_varlen(  # type: ignore[attr-defined]
+        dout, q, k, v, out, lse, *lengths, pack.causal, job.options.scale
+    )
+    places = columns, pack.k(q.device)[0], pack.k(q.device)[0]
+    for total, gradient, place in zip(sums, gradients, places, strict=True):
+        total[pack.row].index_add_(1, place, gradient.transpose(0, 1).to(total.dtype))
 
 
 class _Attend(torch.autograd.Function):

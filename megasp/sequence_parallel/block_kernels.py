@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megasp.sequence_parallel.blocks import ANTICAUSAL, CAUSAL, FULL, Block
+from megasp.sequence_parallel.packing import Lengths
 
 aten = torch.ops.aten
 
@@ -155,6 +156,30 @@ class CausalKernel:
 
     def _backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class VarlenKernel(CausalKernel):
+    """One that takes many blocks of a sample in one call, too: q, out [T, N, H], k, v [T', G, H], lse [N, T]."""
+
+    def forward_varlen(
+        self, q: Tensor, k: Tensor, v: Tensor, of_q: Lengths, of_k: Lengths, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def backward_varlen(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        of_q: Lengths,
+        of_k: Lengths,
+        causal: bool,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError
 

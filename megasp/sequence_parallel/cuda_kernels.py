@@ -9,18 +9,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasp.sequence_parallel.block_kernels import CausalKernel, sum_groups
+from megasp.sequence_parallel.block_kernels import CausalKernel, VarlenKernel, sum_groups
+from megasp.sequence_parallel.packing import Lengths
 
 aten = torch.ops.aten
 
 
 def _no_random_state(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Seed and offset of the dropout that the CUDA kernels are not asked for."""
-    return tuple(torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))  # type: ignore[return-value]
+    """State of the dropout that flash attention is not asked for, as its forward returns it."""
+    return torch.zeros(2, dtype=torch.uint64, device=device), torch.zeros((), dtype=torch.uint64, device=device)
 
 
-class CUDAFlash(CausalKernel):
+class CUDAFlash(VarlenKernel):
     """PyTorch's flash attention for CUDA. Serves grouped queries."""
+
+    def forward_varlen(
+        self, q: Tensor, k: Tensor, v: Tensor, of_q: Lengths, of_k: Lengths, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        lengths = of_q.ends, of_k.ends, of_q.longest, of_k.longest
+        return aten._flash_attention_forward(q, k, v, *lengths, 0.0, causal, False, scale=scale)[:2]
+
+    def backward_varlen(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        of_q: Lengths,
+        of_k: Lengths,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        lengths, random = (of_q.ends, of_k.ends, of_q.longest, of_k.longest), _no_random_state(q.device)
+        tensors = (x.contiguous() for x in (dout, q, k, v, out, lse))
+        return aten._flash_attention_backward(*tensors, *lengths, 0.0, causal, *random, scale=scale)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
@@ -47,7 +71,8 @@ class CUDNN(CausalKernel):
     ) -> tuple[Tensor, Tensor, Tensor]:
         groups = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-        lengths, random = (q.shape[2], k.shape[2]), _no_random_state(q.device)
+        lengths = q.shape[2], k.shape[2]
+        random = torch.zeros(2, dtype=torch.int64, device=q.device).unbind()  # seed and offset of no dropout
         lse = lse.contiguous()[..., None]  # as it makes it, [B, N, S, 1]
         dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
             dout, q, k, v, out, lse, *random, None, None, None, *lengths, 0.0, causal, scale=scale

@@ -60,8 +60,19 @@ class Partial:
     def merge(self, out: Tensor, lse: Tensor, index: tuple[slice, ...] = ()) -> None:
         """Add what further keys gave to the rows `index` (samples, heads, columns): softmax over both is a mean of
         the outputs weighted by exp(lse)."""
-        held, held_lse = self.out[index], self.lse[index]
-        total = torch.logaddexp(held_lse, lse)
-        base = total.masked_fill(total == -torch.inf, 0)  # rows still without a key: weights exp(-inf), not NaN
-        held.mul_((held_lse - base).exp_()[..., None]).addcmul_(out.to(held.dtype), (lse - base).exp_()[..., None])
-        held_lse.copy_(total)
+        _merge_(self.out[index], self.lse[index], out, lse)
+
+    def merge_columns(self, out: Tensor, lse: Tensor, rows: slice, heads: slice, columns: Tensor) -> None:
+        """The same for columns anywhere, int64 [T], of which each comes once."""
+        whole, whole_lse = self.out[rows, heads], self.lse[rows, heads]
+        held, held_lse = whole.index_select(2, columns), whole_lse.index_select(2, columns)
+        _merge_(held, held_lse, out, lse)
+        whole.index_copy_(2, columns, held)
+        whole_lse.index_copy_(2, columns, held_lse)
+
+
+def _merge_(held: Tensor, held_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+    total = torch.logaddexp(held_lse, lse)
+    base = total.masked_fill(total == -torch.inf, 0)  # rows still without a key: weights exp(-inf), not NaN
+    held.mul_((held_lse - base).exp_()[..., None]).addcmul_(out.to(held.dtype), (lse - base).exp_()[..., None])
+    held_lse.copy_(total)

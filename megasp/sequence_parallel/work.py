@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from megasp.sequence_parallel.blocks import CAUSAL, Block, Mask, blocks
+from megasp.sequence_parallel.packing import Pack, packed
 from megasp.sequence_parallel.schedules import SCHEDULES, Task
 from megasp.shard_map import Ranges
 
@@ -36,6 +37,7 @@ class Work:
         if documents is not None and any(len(starts) > 1 for starts in documents):
             self._rows = list(enumerate([list(map(int, starts)) for starts in documents]))
         self._blocks: dict[tuple[int, int], tuple[Block, ...]] = {}
+        self._packed: dict[tuple[int, int], tuple[Block | Pack, ...]] = {}
         ranks = range(len(held))
         pairs = frozenset((q, k) for q in ranks for k in ranks if any(True for _ in self._between(q, k)))
         self.schedule = SCHEDULES[comm](len(held), pairs, parts)
@@ -49,6 +51,14 @@ class Work:
         if (q, k) not in self._blocks:
             self._blocks[q, k] = tuple(self._between(q, k))
         return self._blocks[q, k]
+
+    def calls(self, q: int, k: int, varlen: bool) -> tuple[Block | Pack, ...]:
+        """The same as calls of a kernel, which may take many blocks at once."""
+        if not varlen:
+            return self.blocks(q, k)
+        if (q, k) not in self._packed:
+            self._packed[q, k] = tuple(packed(self.blocks(q, k)))
+        return self._packed[q, k]
 
     @property
     def whole(self) -> Block | None:

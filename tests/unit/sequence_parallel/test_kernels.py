@@ -1,5 +1,9 @@
 """Kernels of this machine against the definition, block by block, with the merged lse in the backward."""
 
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -7,9 +11,10 @@ from torch import Tensor
 from megasp.config.kernels import ATTENTION_KERNELS, choose_kernel
 from megasp.errors import ConfigError
 from megasp.sequence_parallel import Mask, Work, attend
-from megasp.sequence_parallel.block_kernels import Options
+from megasp.sequence_parallel.block_kernels import CPUFlash, Options, VarlenKernel
 from megasp.sequence_parallel.blocks import ANTICAUSAL, CAUSAL, FULL, Block
 from megasp.sequence_parallel.kernels import KERNELS, choose
+from megasp.sequence_parallel.packing import Lengths
 from megasp.sequence_parallel.parcels import Parcel, Partial
 from tests.reference_attention import attention, visible
 
@@ -60,6 +65,53 @@ def test_merged_blocks_are_the_whole(name: str, dtype: torch.dtype, tolerance: f
     for a, b in zip((out, *got), (want, *expected), strict=True):
         assert a.dtype == dtype
         assert (a.double() - b).abs().max() <= tolerance * b.abs().max()
+
+
+class Looping(VarlenKernel):
+    """What a varlen kernel does, sequence by sequence."""
+
+    calls = 0
+
+    def _each(self, of_q: Lengths, of_k: Lengths) -> Iterator[tuple[slice, slice]]:
+        self.calls += 1
+        bounds = zip(pairwise(of_q.ends.tolist()), pairwise(of_k.ends.tolist()), strict=True)
+        return ((slice(*queries), slice(*keys)) for queries, keys in bounds)
+
+    def forward_varlen(self, q, k, v, of_q, of_k, causal, scale):
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
+        for i, j in self._each(of_q, of_k):
+            one = (x.transpose(0, 1)[None] for x in (q[i], k[j], v[j]))
+            part, part_lse = CPUFlash()._forward(*one, causal, scale)
+            out[i], lse[:, i] = part[0].transpose(0, 1), part_lse[0]
+        return out, lse
+
+    def backward_varlen(self, dout, q, k, v, out, lse, of_q, of_k, causal, scale):
+        gradients = [torch.zeros_like(x) for x in (q, k, v)]
+        for i, j in self._each(of_q, of_k):
+            one = (x.transpose(0, 1)[None] for x in (dout[i], q[i], k[j], v[j], out[i]))
+            parts = CPUFlash()._backward(*one, lse[None, :, i].contiguous(), causal, scale)
+            for whole, part, at in zip(gradients, parts, (i, j, j), strict=True):
+                whole[at] += part[0].transpose(0, 1)
+        return tuple(gradients)
+
+    _forward, _backward = CPUFlash._forward, CPUFlash._backward
+
+
+@pytest.mark.parametrize("mask", [Mask(), Mask(3), Mask(4, 2), Mask(0)])
+def test_packed_blocks_are_the_same(mask: Mask, monkeypatch: pytest.MonkeyPatch) -> None:
+    length, starts = 40, [np.array([0, 1, 2, 17, 30, 31]), np.array([0, 9])]
+    work = Work((((0, 15), (20, 45)),), mask, starts)
+    q, k, v, dout = (random(length, 2, heads, 8).requires_grad_() for heads in (4, 2, 2, 4))
+
+    def results() -> list[Tensor]:
+        out, lse = attend(q, k, v, work, backend="flash")
+        return [out, lse, *torch.autograd.grad(out, (q, k, v), dout)]
+
+    want, looping = results(), Looping()
+    monkeypatch.setitem(KERNELS, ("flash", "cpu"), looping)
+    for got, expected in zip(results(), want, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-13, rtol=0)
+    assert 0 < looping.calls < len(work.blocks(0, 0))
 
 
 def test_rows_without_a_key() -> None:
