@@ -8,7 +8,7 @@ from megasp.errors import ConfigError
 RING_MODES = ("p2p", "all_gather", "lightseq")
 """Ways of the ring axis; Ulysses (a2a) goes around any of them."""
 
-MODES = ("a2a", *RING_MODES, "a2a+p2p")
+MODES = ("a2a", "p2p", "a2a+p2p", "all_gather", "lightseq")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ def split_context(config: Config) -> ContextSplit:
 
 
 def _check(cp: int | None, comm: str | None, ulysses: int, ring: int) -> None:
+    if comm not in (None, *MODES):
+        raise ConfigError(f"cp-comm-type {comm}", f"it is one of {', '.join(MODES)}", "use a2a (Ulysses)")
     sizes = f"ulysses-size {ulysses} and ring-size {ring}"
     if cp is not None and ulysses * ring != cp:
         raise ConfigError(

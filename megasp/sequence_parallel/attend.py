@@ -172,6 +172,7 @@ def attend(
     *,
     axis: Axis = ONE_RANK,
     backend: str = "auto",
+    causal: bool = True,
     scale: float | None = None,
     dropout: AttentionDropout | None = None,
     kept: Kept | None = None,
@@ -181,9 +182,10 @@ def attend(
     Args:
         q: [S, B, N, H], the positions `work.held[axis.rank]`.
         k, v: [S, B, G, H], the same positions; G divides N.
-        work: what to compute where; causal attention over the S positions of one rank without it.
+        work: what to compute where; attention over the S positions of one rank without it.
         axis: the ring axis; every rank of it calls this with the same `work`.
         backend: a kernel's name, or "auto".
+        causal: without `work`, whether position i sees only keys at or before i.
         scale: of the scores; 1 / sqrt(H) without it.
         dropout: of the probabilities; only "unfused" serves it.
         kept: filled by a first call, and used instead of computing by the second, which empties it.
@@ -192,6 +194,6 @@ def attend(
     """
     probability = dropout.probability if dropout is not None else 0.0
     name = choose(backend, q.device.type, q.dtype, probability, q.shape[-1])
-    work = work or Work((((0, q.shape[0]),),), Mask())
+    work = work or Work((((0, q.shape[0]),),), Mask(causal=causal))
     options = Options(scale or q.shape[-1] ** -0.5, dropout)
     return _Attend.apply(q, k, v, _Job(work, axis, KERNELS[name, q.device.type], options, kept))

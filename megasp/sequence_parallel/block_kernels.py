@@ -45,11 +45,13 @@ class AttentionDropout:
         """The same for a rank whose first head is `offset` further."""
         return replace(self, first_head=self.first_head + offset)
 
-    def factors(self, block: Block, heads: int, queries: int, keys: int) -> Tensor:
-        """0 or 1 / (1 - probability) for each probability of a block, [B, N, queries, keys]."""
+    def factors(self, block: Block, heads: int) -> Tensor:
+        """0 or 1 / (1 - probability) for each probability of a block, [B, N, Sq, Sk]."""
         samples = self.samples if block.row is None else self.samples[block.row : block.row + 1]
-        rows = torch.arange(block.q_position, block.q_position + queries, device=samples.device)
-        columns = torch.arange(block.k_position, block.k_position + keys, device=samples.device)
+        rows, columns = (
+            torch.arange(position, position + stop - start, device=samples.device)
+            for position, (start, stop) in ((block.q_position, block.q), (block.k_position, block.k))
+        )
         bits = self.bits(samples, self.first_head, heads, rows, columns)
         return (bits >= int(self.probability * 2**31)) / (1 - self.probability)
 
@@ -104,7 +106,7 @@ class Unfused:
         lse = scores.logsumexp(-1)
         probabilities = (scores - lse[..., None]).exp_()
         if options.dropout is not None:
-            probabilities *= options.dropout.factors(block, *probabilities.shape[1:])
+            probabilities *= options.dropout.factors(block, q.shape[1])
         out = probabilities @ v.repeat_interleave(q.shape[1] // v.shape[1], 1).to(probabilities.dtype)
         return out.to(q.dtype), lse
 
@@ -114,7 +116,7 @@ class Unfused:
         probabilities = (self._scores(q, k, block.kind, options.scale) - lse[..., None]).exp_()
         groups = q.shape[1] // k.shape[1]
         wide_q, wide_k, wide_v, wide_out, wide_dout = (x.to(probabilities.dtype) for x in (q, k, v, out, dout))
-        factors = None if options.dropout is None else options.dropout.factors(block, *probabilities.shape[1:])
+        factors = None if options.dropout is None else options.dropout.factors(block, q.shape[1])
         dropped = probabilities if factors is None else probabilities * factors
         dprobabilities = wide_dout @ wide_v.repeat_interleave(groups, 1).transpose(-1, -2)
         if factors is not None:

@@ -34,10 +34,12 @@ class Mask:
     Args:
         window: keys before itself that it sees (0: itself alone); all without it.
         sinks: keys at the start of the document that are seen beyond the window (arXiv 2309.17453).
+        causal: without it a query sees its whole document.
     """
 
     window: int | None = None
     sinks: int = 0
+    causal: bool = True
 
 
 class Block(NamedTuple):
@@ -73,7 +75,7 @@ def blocks(
     for a, b in queries:
         k_column = 0
         for c, d in keys:
-            for q0, q1, k0, k1, kind in _visible(a, b, c, d, mask, starts) if c < b else ():
+            for q0, q1, k0, k1, kind in _visible(a, b, c, d, mask, starts) if c < b or not mask.causal else ():
                 q, k = q_column - a, k_column - c  # from position to column
                 yield Block(row, (q0 + q, q1 + q), (k0 + k, k1 + k), kind, q0, k0)
             k_column += d - c
@@ -95,6 +97,9 @@ def _visible(a: int, b: int, c: int, d: int, mask: Mask, starts: Sequence[int]) 
 
 def _in_document(a: int, b: int, c: int, d: int, begin: int, mask: Mask) -> Iterator[Rectangle]:
     """Rectangles between queries and keys of the document that starts at `begin`."""
+    if not mask.causal:
+        yield a, b, c, d, FULL
+        return
     if mask.window is None or b - 1 - c <= mask.window:
         yield from _causal(a, b, c, d)
         return

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from megasp.sequence_parallel.blocks import CAUSAL, Block, Mask, blocks
+from megasp.sequence_parallel.blocks import ANTICAUSAL, Block, Mask, blocks
 from megasp.sequence_parallel.packing import Pack, packed
 from megasp.sequence_parallel.schedules import SCHEDULES, Task
 from megasp.shard_map import Ranges
@@ -64,7 +64,7 @@ class Work:
     def whole(self) -> Block | None:
         """The only block, where there is one alone: nothing is merged then."""
         only = self.blocks(0, 0) if len(self.held) == 1 and self.schedule.parts == 1 else ()
-        return only[0] if len(only) == 1 and only[0].kind == CAUSAL and only[0].row is None else None
+        return only[0] if len(only) == 1 and only[0].kind != ANTICAUSAL and only[0].row is None else None
 
     def tasks(self, rank: int) -> list[Task]:
         """Everything that `rank` computes in a forward."""

@@ -1,10 +1,27 @@
-"""Every position has one holder, all hold equally many, and zigzag balances causal work."""
+"""The shard map: every position belongs to one rank, all hold equally many, and zigzag balances causal work."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megasp.shard_map import ShardMap
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 12])
+def test_contiguous_is_numpys_split(ranks: int) -> None:
+    tokens = np.arange(24).reshape(2, 12) * 7
+    shard_map = ShardMap.contiguous(12, ranks)
+    assert (shard_map.ranks, shard_map.length) == (ranks, 12 // ranks)
+    for rank, expected in enumerate(np.split(tokens, ranks, -1)):
+        assert np.array_equal(shard_map.take(rank, tokens), expected)
+        assert np.array_equal(shard_map.take(rank, np.arange(12)), shard_map.positions(rank))
+    assert shard_map.positions(0).dtype == np.int64
+
+
+def test_must_divide() -> None:
+    with pytest.raises(AssertionError):
+        ShardMap.contiguous(10, 4)
 
 
 @given(ring=st.integers(1, 6), ulysses=st.integers(1, 5), each=st.integers(1, 9))
