@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megasp import log, parallel_state
+from megasp.config.context_parallel import RING_MODES
 from megasp.config.flags import flag
 from megasp.config.layout import Layout
 from megasp.config.load import load, parser, to_yaml
@@ -121,7 +122,8 @@ def compare(
 
 
 def in_layout(config: Config, layout: Layout) -> Config:
-    """The same run in another layout; sequence parallelism only where there is tensor parallelism."""
+    """The same run in another layout; sequence parallelism and ways of the ring only where there are such axes."""
+    comm = config.parallel.cp_comm_type
     parallel = dataclasses.replace(
         config.parallel,
         tensor_model_parallel_size=layout.tp,
@@ -129,7 +131,7 @@ def in_layout(config: Config, layout: Layout) -> Config:
         ulysses_size=layout.ulysses,
         ring_size=layout.ring,
         context_parallel_size=None,
-        cp_comm_type=None,
+        cp_comm_type=comm if comm in RING_MODES and layout.ring > 1 else None,
         sequence_parallel=config.parallel.sequence_parallel and layout.tp > 1,
     )
     return dataclasses.replace(config, parallel=parallel)

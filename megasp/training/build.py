@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
+from megasp.config.context_parallel import split_context
 from megasp.config.schema import Config
 from megasp.data_parallel import Replicas
 from megasp.model import Factory, GPTModel
 from megasp.parallel_state import ParallelState
-from megasp.sequence_parallel import kernels
+from megasp.sequence_parallel import Mask, SequenceAttention, kernels
 from megasp.shard_map import ShardMap
 from megasp.training.optimizer import build_optimizer
 
@@ -35,17 +36,23 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
     """
     dtype = dtype or (torch.bfloat16 if config.training.bf16 else torch.float32)
     kernel = attention_kernel(config, state.device, dtype)
+    context = split_context(config)
+    seq_length, ring = config.training.seq_length, state.ring.size
+    if ring == 1 or context.ring_mode == "lightseq":  # which balances contiguous shards by itself
+        shard_map = ShardMap.contiguous(seq_length, state.cp.size)
+    else:
+        shard_map = ShardMap.zigzag(seq_length, ring, state.ulysses.size)
+    mask = Mask(config.model.window_size, config.model.attention_sinks)
     model = GPTModel(
         config.model,
         state,
         sequence_parallel=config.parallel.sequence_parallel,
-        backend=kernel,
-        recompute=config.training.recompute_granularity == "full",
+        attend=SequenceAttention(state, shard_map, kernel, context.ring_mode, mask),
+        recompute=config.training.recompute_granularity,
         factory=Factory(state.device, dtype, config.training.seed),
     )
     replicas = Replicas(model, state.gradients)
     optimizer = build_optimizer(replicas.masters, config.optimizer)
-    shard_map = ShardMap.contiguous(config.training.seq_length, state.cp.size)
     return Training(config, state, shard_map, model, replicas, optimizer, kernel)
 
 

@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 
 from megasp import checkpoints, log, parallel_state
+from megasp.config.context_parallel import split_context
 from megasp.config.load import load, parser, to_yaml
 from megasp.config.schema import Config
 from megasp.config.validate import validate
 from megasp.data import Dataset, Loader
 from megasp.errors import DataError
 from megasp.model.flops import flops_per_token, parameter_count
-from megasp.training import resume
+from megasp.training import communication, resume
 from megasp.training.build import Training, build
 from megasp.training.datasets import Datasets, build_datasets, build_loader, resolve
 from megasp.training.devices import peak_tflops
@@ -109,7 +110,9 @@ class _Loop:
         while progress.step < train_steps:
             lr = learning_rate(progress.step, config.optimizer, train_steps)
             began = time.perf_counter()
-            result = train_step(self.training, self.loader.step(), lr)
+            microbatches = self.loader.step()
+            communication.reset(self.training)
+            result = train_step(self.training, microbatches, lr)
             progress = Progress(progress.step + 1, progress.samples + batch, progress.tokens + result.tokens)
             self.metrics.step(
                 progress.step,
@@ -119,6 +122,8 @@ class _Loop:
                 tokens=progress.tokens,
                 seconds=time.perf_counter() - began,
             )
+            if config.logging.log_comm and (progress.step == 1 or progress.step % config.logging.log_interval == 0):
+                communication.report(self.training, microbatches)
             self._check_finite(progress, result)
             last = progress.step == train_steps
             reason = self.stop.reason(progress.step)
@@ -174,6 +179,9 @@ def _introduce(training: Training, datasets: Datasets, start: Progress) -> None:
     dtype = str(next(training.model.parameters()).dtype).removeprefix("torch.")
     steps = config.train_steps(layout)
     log.info(f"layout {layout.name}: {layout.describe()}, on {training.state.device.type}")
+    context = split_context(config)
+    if context.reason and layout.cp > 1:
+        log.info(f"context parallel {layout.cp}: {context.reason}")
     log.info(
         f"model: {parameter_count(model):,} parameters, {model.num_layers} layers, hidden {model.hidden_size}, "
         f"vocabulary {model.padded_vocab_size}; compute in {dtype}, attention kernel {training.attention_kernel}"

@@ -90,4 +90,11 @@ def _forward(training: Training, batch: Batch, with_dropout: bool) -> Tensor:
         return torch.as_tensor(array).to(training.state.device, non_blocking=True)
 
     samples = here(batch.samples) if with_dropout else None
-    return training.model(here(batch.tokens), here(batch.labels), here(batch.loss_mask), here(batch.positions), samples)
+    return training.model(
+        here(batch.tokens),
+        here(batch.labels),
+        here(batch.loss_mask),
+        here(batch.positions),
+        samples,
+        batch.document_starts,
+    )
