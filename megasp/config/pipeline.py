@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megasp.config.layout_string import count_stages
 from megasp.errors import ConfigError
 
 SCHEDULES = ("1f1b", "interleaved", "zb-h1", "zbv", "gpipe")
@@ -67,3 +68,28 @@ class PipelinePlan:
                 "they pass in groups of as many as there are ranks",
                 f"use {near} microbatches (global-batch-size / micro-batch-size / data-parallel size)",
             )
+
+
+def chunks_of(
+    ranks: int, num_layers: int, virtual_stages: int | None, layers_per_stage: int | None, layout: str | None
+) -> int | None:
+    """Stages of each rank, from whichever flags say it; None where none does.
+
+    Raises:
+        ConfigError: they disagree, or say no whole number.
+    """
+    said: dict[str, float] = {}
+    if virtual_stages is not None:
+        said["--num-virtual-stages-per-pipeline-rank"] = virtual_stages
+    if layers_per_stage is not None:
+        per_rank = ranks * layers_per_stage
+        said["--num-layers-per-virtual-pipeline-stage"] = num_layers / per_rank if per_rank > 0 else 0
+    if layout is not None:
+        said["--pipeline-model-parallel-layout"] = count_stages(layout) / max(ranks, 1)
+    if len(set(said.values())) > 1 or any(n < 1 or n % 1 for n in said.values()):
+        raise ConfigError(
+            " and ".join(f"{flag} ({n:g} stages a rank)" for flag, n in said.items()),
+            f"each of the {ranks} pipeline ranks holds the same whole number of stages",
+            "give --num-virtual-stages-per-pipeline-rank alone",
+        )
+    return int(next(iter(said.values()))) if said else None

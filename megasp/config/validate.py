@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 
+from megasp.config import stages
 from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.schema import Config
@@ -22,6 +23,7 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
     _model(config)
     layout = _layout(config, world_size)
     _splits(config, layout)
+    stages.split(config)
     _batch(config, layout)
     _training(config, layout)
     _attention_kernel(config, device)
@@ -98,8 +100,6 @@ def _layout(config: Config, world_size: int) -> Layout:
     _context_parallel(config)
     ulysses, ring = parallel.sequence_axes
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if pp > 1:
-        raise ConfigError(f"pipeline-model-parallel-size {pp}", "the pipeline is not built yet", "use 1")
     if ring > 1:
         raise ConfigError(
             f"ring size {ring}", "ring attention is not built yet", "use --ulysses-size (or --cp-comm-type a2a)"
@@ -192,6 +192,7 @@ def _batch(config: Config, layout: Layout) -> None:
             f"it must be a multiple of their product ({per_pass})",
             f"use --global-batch-size {nearest(max(1, batch), lambda n: n % per_pass == 0)}",
         )
+    config.pipeline.check_microbatches(config.num_microbatches(layout))
 
 
 def _training(config: Config, layout: Layout) -> None:
