@@ -35,12 +35,22 @@ TOLERANCES = {"fp64": 1e-9, "fp32": 2e-3}
 gradients near zero into visible differences of weights, so fp64 is the test and fp32 a check of the arithmetic."""
 
 DEFAULTS = {
-    "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 8, "num_query_groups": 4,
+    "num_layers": 8, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 8, "num_query_groups": 4,
     "position_embedding_type": "rope", "normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False,
     "vocab_size": 512, "hidden_dropout": 0.1, "attention_dropout": 0.0, "seq_length": 32, "global_batch_size": 8,
     "train_iters": 1000, "lr": 1e-3, "mock_data": True, "num_workers": 0,
 }  # fmt: skip
 """What is verified unless flags say otherwise: a small Llama with grouped queries and dropout."""
+
+
+PIPELINE_FIELDS = (
+    "pipeline_schedule",
+    "num_virtual_stages_per_pipeline_rank",
+    "num_layers_per_virtual_pipeline_stage",
+    "pipeline_model_parallel_layout",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +123,8 @@ def compare(
 
 
 def in_layout(config: Config, layout: Layout) -> Config:
-    """The same run in another layout; sequence parallelism only where there is tensor parallelism."""
+    """The same run in another layout; sequence parallelism and a pipeline's options only where there is one."""
+    no_pipeline = dict.fromkeys(PIPELINE_FIELDS) if layout.pp == 1 else {}
     parallel = dataclasses.replace(
         config.parallel,
         tensor_model_parallel_size=layout.tp,
@@ -123,6 +134,7 @@ def in_layout(config: Config, layout: Layout) -> Config:
         context_parallel_size=None,
         cp_comm_type=None,
         sequence_parallel=config.parallel.sequence_parallel and layout.tp > 1,
+        **no_pipeline,
     )
     return dataclasses.replace(config, parallel=parallel)
 

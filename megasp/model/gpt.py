@@ -30,7 +30,8 @@ class GPTModel(nn.Module):
         state: the rank grid; one process without it.
         layers: numbers of the layers held; all without it.
         first: whether the embedding is here.
-        last: whether the final norm and the head are here.
+        last: whether the final norm and the head are here. Where the ends are apart, tied embeddings are two copies of
+            one canonical tensor, and the training step sums their gradients.
         sequence_parallel: split the residual stream over the tensor-parallel ranks.
         backend: attention kernel, "auto" for the best that this machine has.
         recompute: keep only each block's input, and run its forward again in the backward.
@@ -62,7 +63,9 @@ class GPTModel(nn.Module):
         self.config, self.state, self.recompute = config, state, recompute
         self.sequence_parallel = sequence_parallel and state.tp.size > 1
         options = self.sequence_parallel, backend, factory
-        self.embedding = self._embedding(factory, "embedding") if first else None
+        tied = not config.untie_embeddings_and_output_weights
+        split = tied and not (first and last)
+        self.embedding = self._embedding(factory, "embedding", 0 if split else None) if first else None
         self.position_embedding = None
         if first and config.position_embedding_type == "learned_absolute":
             shape = (config.max_position_embeddings or 1024, config.hidden_size)
@@ -81,11 +84,12 @@ class GPTModel(nn.Module):
                 factory=factory,
                 name="final_norm",
             )
-            self.head = (
-                self._embedding(factory, "head") if config.untie_embeddings_and_output_weights else self.embedding
-            )
+            if tied:
+                self.head = self.embedding if first else self._embedding(factory, "embedding", 1)
+            else:
+                self.head = self._embedding(factory, "head")
 
-    def _embedding(self, factory: Factory, name: str) -> VocabParallelEmbedding:
+    def _embedding(self, factory: Factory, name: str, copy: int | None = None) -> VocabParallelEmbedding:
         return VocabParallelEmbedding(
             self.config.padded_vocab_size,
             self.config.hidden_size,
@@ -94,6 +98,7 @@ class GPTModel(nn.Module):
             init_std=self.config.init_method_std,
             factory=factory,
             name=name,
+            copy=copy,
         )
 
     def forward(
@@ -135,6 +140,11 @@ class GPTModel(nn.Module):
         mask = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask
         axis, weight = self.state.tp, self.head.weight
         return linear_cross_entropy(x, weight, labels.t(), mask.t(), axis, self.sequence_parallel)
+
+    def residual_shape(self, samples: int, positions: int) -> tuple[int, int, int]:
+        """Shape of the residual stream of a microbatch [samples, positions] on this rank."""
+        split = self.state.tp.size if self.sequence_parallel else 1
+        return positions // split, samples, self.config.hidden_size
 
     def _keep(self, x: Tensor) -> bool:
         return self.recompute and torch.is_grad_enabled()

@@ -15,10 +15,12 @@ import torch.distributed as dist
 from megasp import checkpoints, log, parallel_state
 from megasp.config.load import load, parser, to_yaml
 from megasp.config.schema import Config
+from megasp.config.stages import split, table
 from megasp.config.validate import validate
 from megasp.data import Dataset, Loader
 from megasp.errors import DataError
 from megasp.model.flops import flops_per_token, parameter_count
+from megasp.pipeline.schedules import placement
 from megasp.training import resume
 from megasp.training.build import Training, build
 from megasp.training.datasets import Datasets, build_datasets, build_loader, resolve
@@ -174,6 +176,8 @@ def _introduce(training: Training, datasets: Datasets, start: Progress) -> None:
     dtype = str(next(training.model.parameters()).dtype).removeprefix("torch.")
     steps = config.train_steps(layout)
     log.info(f"layout {layout.name}: {layout.describe()}, on {training.state.device.type}")
+    for line in _stage_table(config):
+        log.info(line)
     log.info(
         f"model: {parameter_count(model):,} parameters, {model.num_layers} layers, hidden {model.hidden_size}, "
         f"vocabulary {model.padded_vocab_size}; compute in {dtype}, attention kernel {training.attention_kernel}"
@@ -189,6 +193,15 @@ def _introduce(training: Training, datasets: Datasets, start: Progress) -> None:
     )
     if config.checkpoint.save and training.state.rank == 0:
         Path(config.checkpoint.save, "config.yaml").write_text(to_yaml(config))
+
+
+def _stage_table(config: Config) -> list[str]:
+    """Schedule and stages, where there is a pipeline."""
+    plan = config.pipeline
+    if plan.ranks == 1:
+        return []
+    owner = placement(plan.schedule, plan.ranks, plan.chunks)
+    return [f"pipeline: {plan.schedule}, {plan.stages} stages on {plan.ranks} ranks", *table(split(config), owner)]
 
 
 def _describe(dataset: Dataset, samples: int) -> str:
