@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +125,7 @@ def compare(
 
 def in_layout(config: Config, layout: Layout) -> Config:
     """The same run in another layout; sequence parallelism and a pipeline's options only where there is one."""
-    no_pipeline = dict.fromkeys(PIPELINE_FIELDS) if layout.pp == 1 else {}
+    no_pipeline: dict[str, Any] = dict.fromkeys(PIPELINE_FIELDS) if layout.pp == 1 else {}
     parallel = dataclasses.replace(
         config.parallel,
         tensor_model_parallel_size=layout.tp,

@@ -52,6 +52,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.axis, ctx.sequence_parallel, ctx.queue = axis, sequence_parallel, queue
+        ctx.parameter = weight  # where a deferred gradient goes: under recompute what is saved is a detached copy
         return F.linear(start_all_gather(x, axis).wait() if sequence_parallel else x, weight, bias)
 
     @staticmethod
@@ -59,7 +60,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         wants_dx, wants_dw, wants_db, *_ = ctx.needs_input_grad
         if wants_dw and ctx.queue is not None and ctx.queue.defers:
-            ctx.queue.put(weight, x, dy, ctx.axis if ctx.sequence_parallel else None)
+            ctx.queue.put(ctx.parameter, x, dy, ctx.axis if ctx.sequence_parallel else None)
             wants_dw = False
         gathered = start_all_gather(x, ctx.axis) if ctx.sequence_parallel and wants_dw else Pending(x)
         dy_2d = dy.reshape(-1, dy.shape[-1])
@@ -191,7 +192,7 @@ class VocabParallelEmbedding(nn.Module):
         num_embeddings: rows; must be divisible by the axis's size T.
         embedding_dim: D.
         sequence_parallel: the output is this rank's [S / T, B, D].
-        copy: which of its copies this is; with tied embeddings the last pipeline stage has the second of two, else None.
+        copy: which of two copies this is, where first and last pipeline stage are apart and share it; else None.
 
     Forward: token ids int64 [S, B] -> [S, B, D], or [S / T, B, D] with sequence parallelism.
     """
