@@ -218,6 +218,11 @@ class LoggingConfig:
     log_interval: int = flag(100, "steps between progress lines")
     tensorboard_dir: str | None = flag(None, "directory for TensorBoard events", metavar="DIR")
     metrics_file: str | None = flag(None, "JSON lines, one a step; SAVE/metrics.jsonl without it", metavar="FILE")
+    trace: str | None = flag(
+        None,
+        "time every pipeline action of the run's second step, and write them beside the simulator's (Chrome, Perfetto)",
+        metavar="FILE",
+    )
     peak_tflops: float | None = flag(None, "peak TFLOP/s of a device, for MFU; known GPUs are recognised")
 
 

@@ -25,6 +25,9 @@ from megasp.parallel_state import ParallelState
 from megasp.pipeline.messages import Messages
 from megasp.pipeline.schedules import Action, Schedule, schedule
 
+Watch = Callable[[str, Action], None]
+"""Told of every action when it begins to "wait" for its message, when it "starts" and when it "ends"."""
+
 
 class Pipeline:
     """The stages of one rank, and the schedule that they run.
@@ -34,6 +37,9 @@ class Pipeline:
         stages: number -> model of each stage that this rank holds.
         before_gradients: called before every action that adds to gradients, with whether it is the last one of its kind
             on its stage in this step: then what it adds can be reduced over data-parallel ranks.
+
+    Attributes:
+        watch: who is told what happens, if anybody.
     """
 
     def __init__(
@@ -44,6 +50,7 @@ class Pipeline:
         before_gradients: Callable[[bool], None],
     ) -> None:
         self.plan, self.stages, self.state, self.before_gradients = plan, stages, state, before_gradients
+        self.watch: Watch = lambda event, action: None
         self.weight_gradients = WeightGradients()
         for model in stages.values():
             defer_weight_gradients(model, self.weight_gradients)
@@ -89,11 +96,15 @@ class _Run:
 
     def run(self) -> Tensor:
         act = {"F": self._forward, "B": self._backward, "I": self._backward, "W": self._weights}
+        watch = self.pipeline.watch
         for action, following in zip(self.row, (*self.row[1:], None), strict=True):
+            watch("wait", action)
             received = self.messages.take(action)
+            watch("start", action)
             if following is not None:
                 self.messages.expect(following)  # it arrives while this action computes
             act[action.kind](action, received)
+            watch("end", action)
         self.messages.finish()
         assert not self.kept and not self.deferred, "a forward without its backward"
         return self.total

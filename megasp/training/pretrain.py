@@ -20,6 +20,7 @@ from megasp.config.validate import validate
 from megasp.data import Dataset, Loader
 from megasp.errors import DataError
 from megasp.model.flops import flops_per_token, parameter_count
+from megasp.pipeline import trace
 from megasp.pipeline.schedules import placement
 from megasp.training import resume
 from megasp.training.build import Training, build
@@ -107,11 +108,12 @@ class _Loop:
     def run(self, progress: Progress, train_steps: int) -> Progress:
         config = self.training.config
         batch = config.global_batch_size(self.training.state.layout)
-        saved = progress.step
+        saved = start = progress.step
         while progress.step < train_steps:
             lr = learning_rate(progress.step, config.optimizer, train_steps)
             began = time.perf_counter()
-            result = train_step(self.training, self.loader.step(), lr)
+            with trace.recording(self.training.pipeline, self._trace_file(progress.step - start)):
+                result = train_step(self.training, self.loader.step(), lr)
             progress = Progress(progress.step + 1, progress.samples + batch, progress.tokens + result.tokens)
             self.metrics.step(
                 progress.step,
@@ -134,6 +136,10 @@ class _Loop:
                 break
         _say_what_next(config, progress, train_steps)
         return progress
+
+    def _trace_file(self, step: int) -> str | None:
+        """Where --trace writes what happens in step number `step` of this run: the first one warms up."""
+        return self.training.config.logging.trace if step == 1 else None
 
     def _check_finite(self, progress: Progress, result: StepResult) -> None:
         """Tell of a step whose gradient was NaN or infinite (it was not applied), and end a run of many such."""

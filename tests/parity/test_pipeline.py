@@ -17,6 +17,7 @@ from megasp.config.load import from_values
 from megasp.config.schema import Config
 from megasp.config.validate import validate
 from megasp.parallel_state import ParallelState
+from megasp.pipeline.schedules import schedule
 from megasp.training import resume
 from megasp.training.build import Training, build
 from megasp.training.datasets import build_datasets, build_loader
@@ -169,3 +170,17 @@ def test_a_resumed_pipeline_is_unbroken(tmp_path: Path) -> None:
         kept = ("step", "loss", "grad_norm", "validation_loss")
         found.append([[record.get(key) for key in kept] for record in map(json.loads, lines)])
     assert found[0] == found[1] and len(found[0]) == 6
+
+
+def _traced(file: str) -> None:
+    config = config_of("pp2", {"pipeline_schedule": "zbv", "eval_iters": 0, "train_iters": 2, "trace": file})
+    pretrain(build(config, parallel_state.build(Layout.parse("pp2"), torch.device("cpu"))))
+
+
+def test_trace_is_the_schedule(tmp_path: Path) -> None:
+    """Each rank ran its list in its order, and the simulator's times stand beside."""
+    run_ranks(_traced, 2, str(tmp_path / "trace.json"))
+    events = [e for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if e["ph"] == "X"]
+    for process, (rank, row) in itertools.product((0, 1), enumerate(schedule("zbv", 2, 8, 2).rows)):
+        lane = sorted((e["ts"], e["name"]) for e in events if (e["pid"], e["tid"]) == (process, rank))
+        assert [name for _, name in lane] == list(map(str, row))
