@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megasp import log, parallel_state
+from megasp import log, parallel_state, verify_order
 from megasp.config.flags import flag
 from megasp.config.layout import Layout
 from megasp.config.load import load, parser
@@ -61,6 +61,10 @@ class Options:
     layout: tuple[str, ...] = flag((), "layout to compare with one process, such as tp2-u2; may be repeated")
     steps: int = flag(3, "training steps to compare")
     dtype: str = flag("fp64", "precision to compute in", choices=tuple(TOLERANCES))
+    collectives: bool = flag(
+        False, "check instead that all ranks communicate in one order, without a cluster (fake process group)"
+    )
+    world: int | None = flag(None, "ranks of --collectives; the data-parallel size is what the layout leaves")
     tolerance: float | None = flag(None, "largest relative difference that passes; 1e-9 for fp64, 2e-3 for fp32")
 
 
@@ -83,15 +87,20 @@ class Worst:
 
 def main(argv: Sequence[str], prog: str) -> int:
     """Run the command; exit status 1 when a layout differs."""
-    config, _, options, _ = load(argv, parser(prog, __doc__ or "", [Options]), Options, DEFAULTS)
+    defaults = DEFAULTS | (verify_order.DEFAULTS if "--collectives" in argv else {})
+    config, _, options, _ = load(argv, parser(prog, __doc__ or "", [Options]), Options, defaults)
     if not options.layout:
         raise ConfigError(
             "no --layout", "there must be one to compare with", "add for example --layout tp2-u2 --layout u4"
         )
+    layouts = [Layout.parse(name) for name in options.layout]
+    if options.collectives:
+        return _check_order(resolve(config), layouts, options.world)
+    if options.world:
+        raise ConfigError("--world without --collectives", "values are compared on real ranks", "add --collectives")
     tolerance = options.tolerance or TOLERANCES[options.dtype]
     log.info(f"reference: one process, {options.steps} steps in {options.dtype}; tolerance {tolerance:g}")
     failed = []
-    layouts = [Layout.parse(name) for name in options.layout]
     for layout, worst in compare(resolve(config), layouts, options.steps, options.dtype):
         passed = worst.overall <= tolerance
         failed += [] if passed else [layout.name]
@@ -101,6 +110,20 @@ def main(argv: Sequence[str], prog: str) -> int:
             f" | weights {worst.weight[0]:.1e} ({worst.weight[1]})"
         )
     log.info(f"DIFFERENT: {', '.join(failed)}" if failed else "every layout trains as one process does")
+    return 1 if failed else 0
+
+
+def _check_order(config: Config, layouts: Sequence[Layout], world_size: int | None) -> int:
+    """Check the order of communication of each layout; exit status 1 when one would hang."""
+    failed = 0
+    for layout in layouts:
+        here = in_layout(config, layout)
+        filled = validate(here, world_size or layout.world_size)
+        try:
+            log.info(verify_order.check(here, filled))
+        except verify_order.OrderError as error:
+            failed += 1
+            log.info(f"{filled.name:20} HANGS  {error}")
     return 1 if failed else 0
 
 
