@@ -30,8 +30,8 @@ from megasp.training.datasets import build_datasets, build_loader
 from megasp.training.step import train_step
 
 DEFAULTS = {
-    "num_layers": 16, "hidden_size": 32, "kv_channels": 2, "num_attention_heads": 64, "num_query_groups": 8,
-    "seq_length": 64, "global_batch_size": 16,
+    "hidden_size": 32, "kv_channels": 2, "num_attention_heads": 64, "num_query_groups": 8, "seq_length": 64,
+    "global_batch_size": 16,
 }  # fmt: skip
 """What differs from `megasp.verify.DEFAULTS`: enough of everything for tp8-pp8-u8."""
 

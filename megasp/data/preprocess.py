@@ -78,7 +78,7 @@ def run(options: Options) -> int:
             raise DataError(f"{name} is {value}", "it must be at least 1", f"use {name} 1 or more, or leave it out")
     _tokenizer.cache_clear()
     dtype = best_dtype(_tokenizer(options).vocab_size)
-    files = find_files(options.input, options.extensions)
+    files = find_files(options.input, options.extensions, options.exclude)
     prefixes = [f"{options.output_prefix}_{key}_document" for key in options.json_keys]
     start = time.perf_counter()
     with ExitStack() as stack:

@@ -53,7 +53,12 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.axis, ctx.sequence_parallel, ctx.queue = axis, sequence_parallel, queue
         ctx.parameter = weight  # where a deferred gradient goes: under recompute what is saved is a detached copy
-        return F.linear(start_all_gather(x, axis).wait() if sequence_parallel else x, weight, bias)
+        full = start_all_gather(x, axis).wait() if sequence_parallel else x
+        # Into a fresh tensor: F.linear may return a view, which rotary could not rotate in place.
+        y = full.new_empty((*full.shape[:-1], weight.shape[0]))
+        rows, out = full.reshape(-1, full.shape[-1]), y.view(-1, weight.shape[0])
+        torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
