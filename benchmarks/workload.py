@@ -110,3 +110,5 @@ def batch(config: Config, step: int) -> Batch:
         positions=np.arange(length),
         samples=np.arange(step * rows, (step + 1) * rows),
     )
+
+
