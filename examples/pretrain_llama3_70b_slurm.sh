@@ -8,10 +8,9 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --time=24:00:00
-#SBATCH --signal=USR1@600
 set -euo pipefail
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# USR1 reaches every rank ten minutes before the time is over: megasp saves and stops.
+# Saves and stops a quarter of an hour before Slurm would kill it.
 exec srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 \
     --rdzv-backend c10d --rdzv-endpoint "$HEAD:29500" --rdzv-id "$SLURM_JOB_ID" \
     pretrain_gpt.py --model llama3-70b \
@@ -23,4 +22,5 @@ exec srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 \
     --lr 1.5e-4 --min-lr 1.5e-5 --lr-decay-style cosine --lr-warmup-iters 2000 \
     --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0 \
     --eval-interval 1000 --eval-iters 20 --log-interval 10 \
+    --exit-duration-in-mins 1425 \
     --save "${SAVE:-ckpt-llama3-70b}" --load "${SAVE:-ckpt-llama3-70b}" --save-interval 500 "$@"

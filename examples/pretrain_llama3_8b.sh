@@ -3,7 +3,7 @@
 #   DATA=/data/corpus_text_document TOKENIZER=/data/tokenizer.json bash examples/pretrain_llama3_8b.sh [more flags]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-exec torchrun --nproc-per-node 8 pretrain_gpt.py --model llama3-8b \
+exec torchrun --standalone --nproc-per-node 8 pretrain_gpt.py --model llama3-8b \
     --tensor-model-parallel-size 4 --sequence-parallel --ulysses-size 2 \
     --data-path "${DATA:?prefix of a .bin/.idx pair}" \
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "${TOKENIZER:?a tokenizer.json}" \

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megasp import log, parallel_state, verify_order
 from megasp.config.flags import flag
 from megasp.config.layout import Layout
-from megasp.config.load import load, parser
+from megasp.config.load import load, parser, to_yaml
 from megasp.config.schema import Config
 from megasp.config.validate import validate
 from megasp.errors import ConfigError
@@ -37,7 +37,8 @@ TOLERANCES = {"fp64": 1e-9, "fp32": 2e-3}
 gradients near zero into visible differences of weights, so fp64 is the test and fp32 a check of the arithmetic."""
 
 DEFAULTS = {
-    "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 8, "num_query_groups": 4,
+    "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 8, "group_query_attention": True,
+    "num_query_groups": 4,
     "position_embedding_type": "rope", "normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False,
     "vocab_size": 512, "hidden_dropout": 0.1, "attention_dropout": 0.0, "seq_length": 32, "global_batch_size": 8,
     "train_iters": 1000, "lr": 1e-3, "mock_data": True, "num_workers": 0,
@@ -91,11 +92,17 @@ def main(argv: Sequence[str], prog: str) -> int:
     flags = parser(prog, __doc__ or "", [Options])
     *_, options, _ = load(argv, flags, Options, DEFAULTS)
     layouts = [Layout.parse(name) for name in options.layout]
-    config, *_ = load(argv, flags, Options, _defaults(layouts, options.collectives))
-    if not options.layout:
+    config, source, _, notes = load(argv, flags, Options, _defaults(layouts, options.collectives))
+    if source.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    if not layouts:
         raise ConfigError(
             "no --layout", "there must be one to compare with", "add for example --layout tp2-u2 --layout u4"
         )
+    notes.append("layouts, precision and steps are the command's own flags; nothing is loaded or saved")
+    for note in notes:
+        log.info(note)
     if options.collectives:
         return _check_order(resolve(config), layouts, options.world)
     if options.world:

@@ -17,12 +17,12 @@ class ModelConfig:
     Example: `ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=1000)`.
     """
 
-    num_layers: int = flag(0, "transformer layers")
-    hidden_size: int = flag(0, "width of the residual stream")
+    num_layers: int = flag(0, "transformer layers (required, or by --model)")
+    hidden_size: int = flag(0, "width of the residual stream (required, or by --model)")
     ffn_hidden_size: int | None = flag(
         None, "width of the MLP; 4 x hidden-size, or two thirds of that rounded down to a multiple of 64 with --swiglu"
     )
-    num_attention_heads: int = flag(0, "query heads")
+    num_attention_heads: int = flag(0, "query heads (required, or by --model)")
     group_query_attention: bool = flag(False, "share each key and value head among several query heads")
     num_query_groups: int | None = flag(None, "key and value heads (with --group-query-attention); 1 is multi-query")
     kv_channels: int | None = flag(None, "size of a head; hidden-size / num-attention-heads without it")
@@ -54,8 +54,8 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Key and value heads."""
-        return self.num_query_groups or self.num_attention_heads
+        """Key and value heads; --group-query-attention alone means one, as in Megatron-LM."""
+        return self.num_query_groups or (1 if self.group_query_attention else self.num_attention_heads)
 
     @property
     def head_dim(self) -> int:
@@ -177,7 +177,7 @@ class OptimizerConfig:
 class TrainingConfig:
     """Training."""
 
-    seq_length: int = flag(0, "tokens of a sample")
+    seq_length: int = flag(0, "tokens of a sample (required, or by --model)")
     micro_batch_size: int = flag(1, "samples of one forward pass on a data-parallel rank")
     global_batch_size: int | None = flag(None, "samples of a step; micro-batch-size x data-parallel size without it")
     train_iters: int | None = flag(None, "steps to train")

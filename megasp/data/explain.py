@@ -17,7 +17,9 @@ PREVIEW = 64  # tokens
 class Options(TokenizerOptions):
     """Explanation of a step's data. Give --seq-length, --global-batch-size, --seed and --split as to training."""
 
-    prefix: str = flag(REQUIRED, "path of the .bin and .idx files without these endings", name="prefix")
+    prefix: str = flag(
+        REQUIRED, "path of the .bin and .idx files without these endings", name="prefix", metavar="PREFIX"
+    )
     step: int = flag(REQUIRED, "training step, from 1 as the log counts")
     seq_length: int = flag(REQUIRED, "tokens of a sample")
     global_batch_size: int = flag(REQUIRED, "samples of a step")

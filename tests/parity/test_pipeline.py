@@ -28,8 +28,8 @@ from megasp.verify import DEFAULTS, TOLERANCES, Worst, _difference, _record, in_
 from tests.ranks import run_ranks
 
 SMALL = DEFAULTS | {
-    "num_layers": 8, "hidden_size": 32, "ffn_hidden_size": 32, "vocab_size": 64, "make_vocab_size_divisible_by": 16, "seq_length": 16,
-    "max_position_embeddings": 16,
+    "num_layers": 8, "hidden_size": 32, "ffn_hidden_size": 32, "vocab_size": 64, "make_vocab_size_divisible_by": 16,
+    "seq_length": 16, "max_position_embeddings": 16,
 }  # fmt: skip
 STEPS = 3
 SCHEDULES = (

@@ -37,7 +37,7 @@ def batches(masks: list[float], rows: int = 2) -> list[Batch]:
     made = []
     for index, share in enumerate(masks):
         tokens = random.integers(0, 16, (2, rows, 6))
-        mask = (random.random((rows, 6)) < share).astype(np.float32)
+        mask = random.permutation(np.arange(rows * 6) < share * rows * 6).reshape(rows, 6).astype(np.float32)
         samples = np.arange(index * rows, (index + 1) * rows)
         made.append(Batch(tokens[0], tokens[1], mask, np.arange(6), samples))
     return made
