@@ -22,6 +22,7 @@ COMMANDS = {
     "data explain": ("megasp.data.explain", "which documents and tokens a training step reads"),
     "pretrain": ("megasp.training.pretrain", "train a model (under torchrun: pretrain_gpt.py)"),
     "verify": ("megasp.verify", "show that layouts train exactly as one process does"),
+    "schedule": ("megasp.pipeline.show", "draw a pipeline schedule, with its bubble, memory and messages"),
     "convert to-hf": ("megasp.checkpoints.convert", "a checkpoint as a Hugging Face model"),
     "generate": ("megasp.generate", "sample text from a checkpoint"),
     "doctor": ("megasp.doctor", "what this machine has, and what is wrong with it"),

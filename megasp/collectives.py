@@ -9,7 +9,7 @@
 
 Gathers and scatters work on dim 0. Over an axis of one rank everything is the identity and nothing is counted.
 Every call adds to `axis.traffic`: what leaves this rank, by the algorithm-free count (all-to-all and reduce-scatter
-(w-1)/w of the input, all-gather (w-1) times the input, all-reduce 2 (w-1)/w).
+(w-1)/w of the input, all-gather (w-1) times the input, all-reduce 2 (w-1)/w; a message to one rank its size).
 """
 
 from collections.abc import Callable
@@ -39,6 +39,10 @@ class Pending:
         if self._finish is not None:
             self._result, self._finish = self._finish(self._result), None
         return self._result
+
+    def done(self) -> bool:
+        """Whether the transfer is over, without waiting."""
+        return self._work is None or bool(self._work.is_completed())
 
 
 def start_all_gather(x: Tensor, axis: Axis) -> Pending:
@@ -120,6 +124,18 @@ def start_exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor,
     operations = [dist.P2POp(dist.isend, tensor, group=axis.group, group_peer=peer) for tensor, peer in sends]
     operations += [dist.P2POp(dist.irecv, tensor, group=axis.group, group_peer=peer) for tensor, peer in receives]
     return PendingExchange(dist.batch_isend_irecv(operations) if operations else [])
+
+
+def start_send(x: Tensor, link: Axis) -> Pending:
+    """To the other rank of a link of two. `x` must stay as it is until the send is done."""
+    x = x.contiguous()
+    link.traffic.add("send", x.nbytes)
+    return Pending(x, dist.isend(x, group=link.group, group_dst=1 - link.rank))
+
+
+def start_receive(buffer: Tensor, link: Axis) -> Pending:
+    """From the other rank of a link of two, into `buffer`. Messages of a link come in the order of sending."""
+    return Pending(buffer, dist.irecv(buffer, group=link.group, group_src=1 - link.rank))
 
 
 def all_reduce_(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:

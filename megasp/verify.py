@@ -12,11 +12,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megasp import log, parallel_state
+from megasp import log, parallel_state, verify_order
 from megasp.config.context_parallel import RING_MODES
 from megasp.config.flags import flag
 from megasp.config.layout import Layout
@@ -46,6 +47,16 @@ DEFAULTS = {
 """What is verified unless flags say otherwise: a small Llama with grouped queries and dropout."""
 
 
+PIPELINE_FIELDS = (
+    "pipeline_schedule",
+    "num_virtual_stages_per_pipeline_rank",
+    "num_layers_per_virtual_pipeline_stage",
+    "pipeline_model_parallel_layout",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Verification."""
@@ -53,6 +64,10 @@ class Options:
     layout: tuple[str, ...] = flag((), "layout to compare with one process, such as tp2-u2; may be repeated")
     steps: int = flag(3, "training steps to compare")
     dtype: str = flag("fp64", "precision to compute in", choices=tuple(TOLERANCES))
+    collectives: bool = flag(
+        False, "check instead that all ranks communicate in one order, without a cluster (fake process group)"
+    )
+    world: int | None = flag(None, "ranks of --collectives; the data-parallel size is what the layout leaves")
     tolerance: float | None = flag(None, "largest relative difference that passes; 1e-9 for fp64, 2e-3 for fp32")
 
 
@@ -75,21 +90,27 @@ class Worst:
 
 def main(argv: Sequence[str], prog: str) -> int:
     """Run the command; exit status 1 when a layout differs."""
-    config, source, options, notes = load(argv, parser(prog, __doc__ or "", [Options]), Options, DEFAULTS)
+    flags = parser(prog, __doc__ or "", [Options])
+    *_, options, _ = load(argv, flags, Options, DEFAULTS)
+    layouts = [Layout.parse(name) for name in options.layout]
+    config, source, _, notes = load(argv, flags, Options, _defaults(layouts, options.collectives))
     if source.print_config:
         print(to_yaml(config), end="")
         return 0
-    if not options.layout:
+    if not layouts:
         raise ConfigError(
             "no --layout", "there must be one to compare with", "add for example --layout tp2-u2 --layout u4"
         )
     notes.append("layouts, precision and steps are the command's own flags; nothing is loaded or saved")
     for note in notes:
         log.info(note)
+    if options.collectives:
+        return _check_order(resolve(config), layouts, options.world)
+    if options.world:
+        raise ConfigError("--world without --collectives", "values are compared on real ranks", "add --collectives")
     tolerance = options.tolerance or TOLERANCES[options.dtype]
     log.info(f"reference: one process, {options.steps} steps in {options.dtype}; tolerance {tolerance:g}")
     failed = []
-    layouts = [Layout.parse(name) for name in options.layout]
     for layout, worst in compare(resolve(config), layouts, options.steps, options.dtype):
         passed = worst.overall <= tolerance
         failed += [] if passed else [layout.name]
@@ -99,6 +120,26 @@ def main(argv: Sequence[str], prog: str) -> int:
             f" | weights {worst.weight[0]:.1e} ({worst.weight[1]})"
         )
     log.info(f"DIFFERENT: {', '.join(failed)}" if failed else "every layout trains as one process does")
+    return 1 if failed else 0
+
+
+def _defaults(layouts: Sequence[Layout], collectives: bool) -> dict[str, Any]:
+    """`DEFAULTS`, with layers enough for two stages on every pipeline rank."""
+    layers = max([2, *(2 * layout.pp for layout in layouts if layout.pp > 1)])
+    return DEFAULTS | (verify_order.DEFAULTS if collectives else {}) | {"num_layers": layers}
+
+
+def _check_order(config: Config, layouts: Sequence[Layout], world_size: int | None) -> int:
+    """Check the order of communication of each layout; exit status 1 when one would hang."""
+    failed = 0
+    for layout in layouts:
+        here = in_layout(config, layout)
+        filled = validate(here, world_size or layout.world_size)
+        try:
+            log.info(verify_order.check(here, filled))
+        except verify_order.OrderError as error:
+            failed += 1
+            log.info(f"{filled.name:20} HANGS  {error}")
     return 1 if failed else 0
 
 
@@ -122,8 +163,9 @@ def compare(
 
 
 def in_layout(config: Config, layout: Layout) -> Config:
-    """The same run in another layout; sequence parallelism and ways of the ring only where there are such axes."""
+    """The same run in another layout; options of a ring, a pipeline or tensor parallelism only where there is one."""
     comm = config.parallel.cp_comm_type
+    no_pipeline: dict[str, Any] = dict.fromkeys(PIPELINE_FIELDS) if layout.pp == 1 else {}
     parallel = dataclasses.replace(
         config.parallel,
         tensor_model_parallel_size=layout.tp,
@@ -133,6 +175,7 @@ def in_layout(config: Config, layout: Layout) -> Config:
         context_parallel_size=None,
         cp_comm_type=comm if comm in RING_MODES and layout.ring > 1 else None,
         sequence_parallel=config.parallel.sequence_parallel and layout.tp > 1,
+        **no_pipeline,
     )
     return dataclasses.replace(config, parallel=parallel)
 

@@ -47,14 +47,23 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
     ),
     # Other parallelism
     (
-        "pipeline parallelism is one even split of the layers into --pipeline-model-parallel-size stages",
-        "--num-layers-per-virtual-pipeline-stage --num-virtual-stages-per-pipeline-rank "
-        "--microbatch-group-size-per-virtual-pipeline-stage --pipeline-model-parallel-layout "
-        "--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers "
+        "layers are balanced by their work, the output layer's included: to choose another split use "
+        "--pipeline-model-parallel-layout",
         "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split "
-        "--pipeline-model-parallel-split-rank --standalone-embedding-stage --overlap-p2p-communication "
-        "--no-overlap-p2p-communication --overlap-p2p-communication-warmup-flush --defer-embedding-wgrad-compute "
-        "--wgrad-deferral-limit --no-scatter-gather-tensors-in-pipeline --use-ring-exchange-p2p "
+        "--pipeline-model-parallel-split-rank --standalone-embedding-stage",
+    ),
+    (
+        "interleaved microbatches pass in groups of --pipeline-model-parallel-size",
+        "--microbatch-group-size-per-virtual-pipeline-stage",
+    ),
+    (
+        "--pipeline-schedule zb-h1 and zbv defer the weight gradients of every layer but the output layer's",
+        "--defer-embedding-wgrad-compute --wgrad-deferral-limit",
+    ),
+    (
+        "messages between stages always overlap computation, each direction of a pair of ranks has a group of its own, "
+        "and each tensor-parallel rank sends what it holds (less with --sequence-parallel)",
+        "--no-overlap-p2p-communication --no-scatter-gather-tensors-in-pipeline --use-ring-exchange-p2p "
         "--pipeline-model-parallel-comm-backend",
     ),
     (

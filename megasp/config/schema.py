@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from megasp.config.flags import flag
 from megasp.config.layout import Layout
+from megasp.config.pipeline import SCHEDULES, PipelinePlan, chunks_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,21 @@ class ParallelConfig:
     """Parallel layout."""
 
     tensor_model_parallel_size: int = flag(1, "ranks that split each layer's weights")
-    pipeline_model_parallel_size: int = flag(1, "pipeline stages")
+    pipeline_model_parallel_size: int = flag(1, "ranks that split the layers into stages")
+    pipeline_schedule: str | None = flag(
+        None, "order of a step's work; 1f1b without it, interleaved with virtual stages", choices=SCHEDULES
+    )
+    num_virtual_stages_per_pipeline_rank: int | None = flag(
+        None, "stages (chunks) of each pipeline rank, for interleaved; zbv has 2"
+    )
+    num_layers_per_virtual_pipeline_stage: int | None = flag(None, "the same by their number of layers")
+    pipeline_model_parallel_layout: str | None = flag(
+        None,
+        'what each stage holds: E embedding, t layer, L head, | next stage, *n repeats: "Et*3|(tt|)*2L"; '
+        "balanced by work without it",
+    )
+    decoder_first_pipeline_num_layers: int | None = flag(None, "layers of the first stage; the others are balanced")
+    decoder_last_pipeline_num_layers: int | None = flag(None, "layers of the last stage; the others are balanced")
     context_parallel_size: int | None = flag(None, "ranks that share a sequence; ulysses-size x ring-size without it")
     cp_comm_type: str | None = flag(
         None,
@@ -197,6 +212,11 @@ class LoggingConfig:
     tensorboard_dir: str | None = flag(None, "directory for TensorBoard events", metavar="DIR")
     metrics_file: str | None = flag(None, "JSON lines, one a step; SAVE/metrics.jsonl without it", metavar="FILE")
     log_comm: bool = flag(False, "print what each axis sent in a step, beside the closed forms")
+    trace: str | None = flag(
+        None,
+        "time every pipeline action of the run's second step, and write them beside the simulator's (Chrome, Perfetto)",
+        metavar="FILE",
+    )
     peak_tflops: float | None = flag(None, "peak TFLOP/s of a device, for MFU; known GPUs are recognised")
 
 
@@ -211,6 +231,20 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def pipeline(self) -> PipelinePlan:
+        """Schedule, ranks and chunks of the pipeline."""
+        parallel = self.parallel
+        ranks = parallel.pipeline_model_parallel_size
+        chunks = chunks_of(
+            ranks,
+            self.model.num_layers,
+            parallel.num_virtual_stages_per_pipeline_rank,
+            parallel.num_layers_per_virtual_pipeline_stage,
+            parallel.pipeline_model_parallel_layout,
+        )
+        return PipelinePlan.choose(parallel.pipeline_schedule, ranks, chunks)
 
     def global_batch_size(self, layout: Layout) -> int:
         """Samples of one step."""

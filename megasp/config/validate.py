@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 
+from megasp.config import stages
 from megasp.config.context_parallel import split_context
 from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
@@ -23,6 +24,7 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
     _model(config)
     layout = _layout(config, world_size)
     _splits(config, layout)
+    stages.split(config)
     _batch(config, layout)
     _training(config, layout)
     _attention_kernel(config, device)
@@ -107,8 +109,6 @@ def _layout(config: Config, world_size: int) -> Layout:
             _positive(**{name: getattr(parallel, name)})
     context = split_context(config)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if pp > 1:
-        raise ConfigError(f"pipeline-model-parallel-size {pp}", "the pipeline is not built yet", "use 1")
     ranks = tp * pp * context.ulysses * context.ring
     if world_size % ranks:
         raise ConfigError(
@@ -173,6 +173,7 @@ def _batch(config: Config, layout: Layout) -> None:
             f"it must be a multiple of their product ({per_pass})",
             f"use --global-batch-size {nearest(max(1, batch), lambda n: n % per_pass == 0)}",
         )
+    config.pipeline.check_microbatches(config.num_microbatches(layout))
 
 
 def _training(config: Config, layout: Layout) -> None:

@@ -22,7 +22,7 @@ from megasp.model.loss import linear_cross_entropy
 from megasp.model.norm import Norm
 from megasp.model.rotary import cos_sin
 from megasp.parallel_state import ParallelState
-from megasp.sequence_parallel import Documents, Kept, SequenceAttention
+from megasp.sequence_parallel import Documents, Kept, Mask, SequenceAttention
 
 
 class GPTModel(nn.Module):
@@ -33,7 +33,8 @@ class GPTModel(nn.Module):
         state: the rank grid; one process without it.
         layers: numbers of the layers held; all without it.
         first: whether the embedding is here.
-        last: whether the final norm and the head are here.
+        last: whether the final norm and the head are here. Where the ends are apart, tied embeddings are two copies of
+            one canonical tensor, and the training step sums their gradients.
         sequence_parallel: split the residual stream over the tensor-parallel ranks.
         attend: attention over the split sequence; without it over contiguous shards, by the best kernel there is.
         recompute: "full" to keep only each block's input and run its forward again in the backward;
@@ -65,9 +66,11 @@ class GPTModel(nn.Module):
         layers = layers if layers is not None else range(config.num_layers)
         self.config, self.state, self.recompute = config, state, recompute
         self.sequence_parallel = sequence_parallel and state.tp.size > 1
-        self.attend = attend or SequenceAttention(state)
+        self.attend = attend or SequenceAttention(state, mask=Mask(config.window_size, config.attention_sinks))
         options = self.sequence_parallel, self.attend, factory
-        self.embedding = self._embedding(factory, "embedding") if first else None
+        tied = not config.untie_embeddings_and_output_weights
+        split = tied and not (first and last)
+        self.embedding = self._embedding(factory, "embedding", 0 if split else None) if first else None
         self.position_embedding = None
         if first and config.position_embedding_type == "learned_absolute":
             shape = (config.max_position_embeddings or 1024, config.hidden_size)
@@ -86,11 +89,12 @@ class GPTModel(nn.Module):
                 factory=factory,
                 name="final_norm",
             )
-            self.head = (
-                self._embedding(factory, "head") if config.untie_embeddings_and_output_weights else self.embedding
-            )
+            if tied:
+                self.head = self.embedding if first else self._embedding(factory, "embedding", 1)
+            else:
+                self.head = self._embedding(factory, "head")
 
-    def _embedding(self, factory: Factory, name: str) -> VocabParallelEmbedding:
+    def _embedding(self, factory: Factory, name: str, copy: int | None = None) -> VocabParallelEmbedding:
         return VocabParallelEmbedding(
             self.config.padded_vocab_size,
             self.config.hidden_size,
@@ -99,6 +103,7 @@ class GPTModel(nn.Module):
             init_std=self.config.init_method_std,
             factory=factory,
             name=name,
+            copy=copy,
         )
 
     def forward(
@@ -144,6 +149,11 @@ class GPTModel(nn.Module):
         if self.recompute == "all-but-attention":
             info = replace(info, kept=Kept())
         return checkpoint(block, x, info, use_reentrant=False, preserve_rng_state=False)
+
+    def residual_shape(self, samples: int, positions: int) -> tuple[int, int, int]:
+        """Shape of the residual stream of a microbatch [samples, positions] on this rank."""
+        split = self.state.tp.size if self.sequence_parallel else 1
+        return positions // split, samples, self.config.hidden_size
 
     def _tokens(self, positions: Tensor, samples: Tensor | None, document_starts: Documents | None) -> Tokens:
         """Tables and names for the tokens at `positions`."""

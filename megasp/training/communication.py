@@ -19,19 +19,21 @@ def expected(training: Training, microbatches: Sequence[Batch]) -> dict[str, Tra
     repeats = {"ulysses": 1 + (recompute is not None), "ring": 1 + (recompute == "full")}
     heads, kv_heads = (max(1, count // state.tp.size) for count in (model.num_attention_heads, model.kv_heads))
     dtype = next(training.model.parameters()).dtype
+    stages = training.pipeline.stages.values()
+    layers, attend = sum(len(stage.layers) for stage in stages), next(iter(stages)).attend
     totals = {axis: Traffic() for axis in repeats}
     for batch in microbatches:
         samples, tokens = batch.tokens.shape
         shape = AttentionShape(tokens, samples, heads, kv_heads, model.head_dim, dtype)
-        work = training.model.attend.work(tokens, heads, kv_heads, batch.document_starts)
+        work = attend.work(tokens, heads, kv_heads, batch.document_starts)
         ulysses = state.ulysses
         of_layer = {
             "ulysses": ulysses_traffic(shape, ulysses.size, ulysses.rank),
             "ring": ring_traffic(shape, work, ulysses.size, ulysses.rank, state.ring.rank),
         }
         for axis, (forward, backward) in of_layer.items():
-            totals[axis].add_all(forward, repeats[axis] * len(training.model.layers))
-            totals[axis].add_all(backward, len(training.model.layers))
+            totals[axis].add_all(forward, repeats[axis] * layers)
+            totals[axis].add_all(backward, layers)
     return totals
 
 

@@ -16,10 +16,13 @@ from megasp import checkpoints, log, parallel_state
 from megasp.config.context_parallel import split_context
 from megasp.config.load import load, parser, to_yaml
 from megasp.config.schema import Config
+from megasp.config.stages import split, table
 from megasp.config.validate import validate
 from megasp.data import Dataset, Loader
 from megasp.errors import DataError
 from megasp.model.flops import flops_per_token, parameter_count
+from megasp.pipeline import trace
+from megasp.pipeline.schedules import placement
 from megasp.training import communication, resume
 from megasp.training.build import Training, build
 from megasp.training.datasets import Datasets, build_datasets, build_loader, resolve
@@ -106,13 +109,14 @@ class _Loop:
     def run(self, progress: Progress, train_steps: int) -> Progress:
         config = self.training.config
         batch = config.global_batch_size(self.training.state.layout)
-        saved = progress.step
+        saved = start = progress.step
         while progress.step < train_steps:
             lr = learning_rate(progress.step, config.optimizer, train_steps)
             began = time.perf_counter()
             microbatches = self.loader.step()
             communication.reset(self.training)
-            result = train_step(self.training, microbatches, lr)
+            with trace.recording(self.training.pipeline, self._trace_file(progress.step - start)):
+                result = train_step(self.training, microbatches, lr)
             progress = Progress(progress.step + 1, progress.samples + batch, progress.tokens + result.tokens)
             self.metrics.step(
                 progress.step,
@@ -137,6 +141,10 @@ class _Loop:
                 break
         _say_what_next(config, progress, train_steps)
         return progress
+
+    def _trace_file(self, step: int) -> str | None:
+        """Where --trace writes what happens in step number `step` of this run: the first one warms up."""
+        return self.training.config.logging.trace if step == 1 else None
 
     def _check_finite(self, progress: Progress, result: StepResult) -> None:
         """Tell of a step whose gradient was NaN or infinite (it was not applied), and end a run of many such."""
@@ -182,6 +190,8 @@ def _introduce(training: Training, datasets: Datasets, start: Progress) -> None:
     context = split_context(config)
     if context.reason and layout.cp > 1:
         log.info(f"context parallel {layout.cp}: {context.reason}")
+    for line in _stage_table(config):
+        log.info(line)
     log.info(
         f"model: {parameter_count(model):,} parameters, {model.num_layers} layers, hidden {model.hidden_size}, "
         f"vocabulary {model.padded_vocab_size}; compute in {dtype}, attention kernel {training.attention_kernel}"
@@ -197,6 +207,15 @@ def _introduce(training: Training, datasets: Datasets, start: Progress) -> None:
     )
     if config.checkpoint.save and training.state.rank == 0:
         Path(config.checkpoint.save, "config.yaml").write_text(to_yaml(config))
+
+
+def _stage_table(config: Config) -> list[str]:
+    """Schedule and stages, where there is a pipeline."""
+    plan = config.pipeline
+    if plan.ranks == 1:
+        return []
+    owner = placement(plan.schedule, plan.ranks, plan.chunks)
+    return [f"pipeline: {plan.schedule}, {plan.stages} stages on {plan.ranks} ranks", *table(split(config), owner)]
 
 
 def _describe(dataset: Dataset, samples: int) -> str:

@@ -164,7 +164,7 @@ def test_yaml_wins_over_a_preset_it_was_made_without(tmp_path: Path) -> None:
 
 
 def test_groups_need_their_switch(tmp_path: Path) -> None:
-    """Megatron-LM ignores `--num-query-groups` alone; a preset, a file and flags may say the two in different places."""
+    """Megatron-LM ignores `--num-query-groups` alone; preset, file and flags may say the two in different places."""
     with pytest.raises(ConfigError, match=r"--num-query-groups 4 without --group-query-attention: .* add --group"):
         read("--num-query-groups", "4")
     (tmp_path / "c.yaml").write_text("group-query-attention: true\n")
