@@ -89,8 +89,7 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
     ),
     # Memory
     (
-        "recompute is of whole layers, with or without attention (--recompute-granularity full or all-but-attention); "
-        "flash attention keeps no attention matrix, which is what selective recompute saves",
+        "recompute is of whole layers, or all but attention: see --recompute-granularity full, all-but-attention",
         "--recompute-activations --recompute-modules --checkpoint-activations --distribute-saved-activations "
         "--activations-checkpoint-method --activations-checkpoint-granularity --activations-checkpoint-num-layers",
     ),

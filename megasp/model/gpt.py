@@ -130,7 +130,9 @@ class GPTModel(nn.Module):
             scalar in fp32 or wider, the same on all tensor-parallel ranks; or the residual stream without `last`.
         """
         if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)
+            shards = self.state.tp.size if self.sequence_parallel else 1
+            length = tokens.shape[1] if self.embedding is not None else tokens.shape[0] * shards
+            positions = torch.arange(length, device=tokens.device)
         info = self._tokens(positions, samples, document_starts)
         x = self._embed(tokens, positions, info.keys) if self.embedding is not None else tokens
         for block in self.layers:
@@ -164,8 +166,8 @@ class GPTModel(nn.Module):
         )
         work = self.attend.work(positions.shape[-1], heads, kv_heads, document_starts)
         if samples is None or not self.training:
-            return Tokens(work, None, rotary)
-        return Tokens(work, TokenKeys(samples, self._shard(positions)), rotary)
+            return Tokens(None, rotary, work)
+        return Tokens(TokenKeys(samples, self._shard(positions)), rotary, work)
 
     def _shard(self, x: Tensor) -> Tensor:
         """This tensor-parallel rank's part of dim 0, with sequence parallelism."""
