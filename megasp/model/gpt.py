@@ -62,6 +62,7 @@ class GPTModel(nn.Module):
         layers = layers if layers is not None else range(config.num_layers)
         self.config, self.state, self.recompute = config, state, recompute
         self.sequence_parallel = sequence_parallel and state.tp.size > 1
+        self.residual_split = state.tp.size if self.sequence_parallel else 1
         options = self.sequence_parallel, backend, factory
         tied = not config.untie_embeddings_and_output_weights
         split = tied and not (first and last)
@@ -122,7 +123,8 @@ class GPTModel(nn.Module):
             scalar in fp32 or wider, the same on all tensor-parallel ranks; or the residual stream without `last`.
         """
         if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)
+            length = tokens.shape[1] if self.embedding is not None else tokens.shape[0] * self.residual_split
+            positions = torch.arange(length, device=tokens.device)
         info = self._tokens(positions, samples)
         x = self._embed(tokens, positions, info.keys) if self.embedding is not None else tokens
         for block in self.layers:
@@ -143,8 +145,7 @@ class GPTModel(nn.Module):
 
     def residual_shape(self, samples: int, positions: int) -> tuple[int, int, int]:
         """Shape of the residual stream of a microbatch [samples, positions] on this rank."""
-        split = self.state.tp.size if self.sequence_parallel else 1
-        return positions // split, samples, self.config.hidden_size
+        return positions // self.residual_split, samples, self.config.hidden_size
 
     def _keep(self, x: Tensor) -> bool:
         return self.recompute and torch.is_grad_enabled()
