@@ -41,9 +41,7 @@ def make_megasp(config: Config, dtype: str, lr: float = workload.LEARNING_RATE) 
     ranks = dist.get_world_size()
     config = dataclasses.replace(
         config,
-        parallel=dataclasses.replace(
-            config.parallel, tensor_model_parallel_size=ranks, sequence_parallel=ranks > 1
-        ),
+        parallel=dataclasses.replace(config.parallel, tensor_model_parallel_size=ranks, sequence_parallel=ranks > 1),
         training=dataclasses.replace(config.training, bf16=dtype == "bf16"),
     )
     training = build_megasp(config, Layout(tp=ranks))

@@ -110,5 +110,3 @@ def batch(config: Config, step: int) -> Batch:
         positions=np.arange(length),
         samples=np.arange(step * rows, (step + 1) * rows),
     )
-
-

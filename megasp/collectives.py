@@ -82,14 +82,44 @@ def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
     return Pending(x, dist.all_reduce(x, group=axis.group, async_op=True))
 
 
-def start_all_to_all(x: Tensor, axis: Axis) -> Pending:
-    """[size * n, ...] -> [size * n, ...]: block r goes to rank r, block r comes from rank r."""
+def start_all_to_all(x: Tensor, axis: Axis, sizes: tuple[list[int], list[int]] | None = None) -> Pending:
+    """[size * n, ...] -> [size * n, ...]: block r goes to rank r, block r comes from rank r.
+
+    Args:
+        sizes: rows of dim 0 that go to each rank and that come from each; all equal without it.
+    """
     if axis.size == 1:
         return Pending(x)
     x = x.contiguous()
-    axis.traffic.add("all_to_all", x.nbytes * (axis.size - 1) // axis.size)
-    out = torch.empty_like(x)
-    return Pending(out, dist.all_to_all_single(out, x, group=axis.group, async_op=True))
+    sent, received = sizes or (None, None)
+    own = sent[axis.rank] if sent else x.shape[0] // axis.size
+    axis.traffic.add("all_to_all", x.nbytes // x.shape[0] * (x.shape[0] - own))
+    out = x.new_empty((sum(received) if received else x.shape[0], *x.shape[1:]))
+    return Pending(out, dist.all_to_all_single(out, x, received, sent, group=axis.group, async_op=True))
+
+
+class PendingExchange:
+    """Messages on their way; `wait()` returns when all have been sent and received."""
+
+    def __init__(self, works: list[Any]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
+def start_exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], axis: Axis) -> PendingExchange:
+    """Messages between single ranks of the axis: (contiguous tensor, rank on the axis) each.
+
+    Two ranks must list what passes between them in the same order. Where there is nothing, no call is made.
+    """
+    for tensor, _ in sends:
+        axis.traffic.add("send", tensor.nbytes)
+    # A rank that only receives must not post before one that only sends: one batch, both directions (NCCL's rule).
+    operations = [dist.P2POp(dist.isend, tensor, group=axis.group, group_peer=peer) for tensor, peer in sends]
+    operations += [dist.P2POp(dist.irecv, tensor, group=axis.group, group_peer=peer) for tensor, peer in receives]
+    return PendingExchange(dist.batch_isend_irecv(operations) if operations else [])
 
 
 def start_send(x: Tensor, link: Axis) -> Pending:

@@ -35,6 +35,13 @@ class Traffic:
         self.calls[operation] = self.calls.get(operation, 0) + 1
         self.bytes_sent[operation] = self.bytes_sent.get(operation, 0) + bytes_sent
 
+    def add_all(self, other: "Traffic", times: int = 1) -> None:
+        """Add everything of `other`, `times` times."""
+        for operation, calls in other.calls.items():
+            self.calls[operation] = self.calls.get(operation, 0) + times * calls
+            sent = self.bytes_sent.get(operation, 0) + times * other.bytes_sent[operation]
+            self.bytes_sent[operation] = sent
+
     @property
     def total_calls(self) -> int:
         return sum(self.calls.values())

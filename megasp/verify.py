@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megasp import log, parallel_state, verify_order
+from megasp.config.context_parallel import RING_MODES
 from megasp.config.flags import flag
 from megasp.config.layout import Layout
 from megasp.config.load import load, parser, to_yaml
@@ -162,7 +163,8 @@ def compare(
 
 
 def in_layout(config: Config, layout: Layout) -> Config:
-    """The same run in another layout; sequence parallelism and a pipeline's options only where there is one."""
+    """The same run in another layout; options of a ring, a pipeline or tensor parallelism only where there is one."""
+    comm = config.parallel.cp_comm_type
     no_pipeline: dict[str, Any] = dict.fromkeys(PIPELINE_FIELDS) if layout.pp == 1 else {}
     parallel = dataclasses.replace(
         config.parallel,
@@ -171,7 +173,7 @@ def in_layout(config: Config, layout: Layout) -> Config:
         ulysses_size=layout.ulysses,
         ring_size=layout.ring,
         context_parallel_size=None,
-        cp_comm_type=None,
+        cp_comm_type=comm if comm in RING_MODES and layout.ring > 1 else None,
         sequence_parallel=config.parallel.sequence_parallel and layout.tp > 1,
         **no_pipeline,
     )

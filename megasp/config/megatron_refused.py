@@ -63,7 +63,7 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--pipeline-model-parallel-comm-backend",
     ),
     (
-        "the split of the context-parallel ranks is given by --ulysses-size and --ring-size",
+        "the split of the context-parallel ranks is given by --ulysses-size and --ring-size, or chosen",
         "--hierarchical-context-parallel-sizes --hybrid-context-parallel --max-seqlen-per-dp-cp-rank",
     ),
     (
@@ -85,8 +85,8 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
     ),
     # Memory
     (
-        "recompute is of whole layers: use --recompute-granularity full, and note that flash attention keeps no "
-        "attention matrix, which is what selective recompute saves",
+        "recompute is of whole layers, with or without attention (--recompute-granularity full or all-but-attention); "
+        "flash attention keeps no attention matrix, which is what selective recompute saves",
         "--recompute-activations --recompute-modules --checkpoint-activations --distribute-saved-activations "
         "--activations-checkpoint-method --activations-checkpoint-granularity --activations-checkpoint-num-layers",
     ),
@@ -148,9 +148,8 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--apply-layernorm-1p --apply-residual-connection-post-layernorm --qk-l2-norm",
     ),
     (
-        "attention is causal over the whole sample, and documents in it see each other: pack one document a sample "
-        "where that matters",
-        "--reset-position-ids --reset-attention-mask --window-size --window-attn-skip-freq",
+        "positions count through the sample, and every layer has the same window (--window-size)",
+        "--reset-position-ids --window-attn-skip-freq",
     ),
     (
         "rotary positions are those of Llama and GPT-NeoX (--rotary-base, --rotary-percent, --use-rope-scaling), on "

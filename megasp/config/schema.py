@@ -46,6 +46,8 @@ class ModelConfig:
     )
     attention_dropout: float = flag(0.1, "dropout of attention probabilities (unfused attention only)")
     hidden_dropout: float = flag(0.1, "dropout of embeddings and residual branches")
+    window_size: int | None = flag(None, "tokens before itself that a token sees; all of its sample without it")
+    attention_sinks: int = flag(0, "first tokens that every token sees beyond --window-size")
     init_method_std: float = flag(0.02, "standard deviation of initial weights")
     vocab_size: int | None = flag(None, "token ids before padding; the tokenizer's, where one is given")
     make_vocab_size_divisible_by: int = flag(
@@ -101,36 +103,21 @@ class ParallelConfig:
     decoder_first_pipeline_num_layers: int | None = flag(None, "layers of the first stage; the others are balanced")
     decoder_last_pipeline_num_layers: int | None = flag(None, "layers of the last stage; the others are balanced")
     context_parallel_size: int | None = flag(None, "ranks that share a sequence; ulysses-size x ring-size without it")
-    cp_comm_type: str | None = flag(None, "how they exchange: a2a is Ulysses, p2p is ring", metavar="TYPE")
+    cp_comm_type: str | None = flag(
+        None,
+        "how they exchange: a2a is Ulysses, p2p, all_gather and lightseq are ways of the ring's ranks, a2a+p2p is "
+        "Ulysses x ring; with --context-parallel-size alone the split that sends least is chosen",
+        choices=("a2a", "p2p", "all_gather", "lightseq", "a2a+p2p"),
+    )
     ulysses_size: int | None = flag(
         None, "ranks of Ulysses sequence parallelism (all-to-all between sequence and heads)"
     )
-    ring_size: int | None = flag(None, "ranks of ring attention")
+    ring_size: int | None = flag(None, "ranks of ring attention (or of --cp-comm-type all_gather, lightseq)")
     sequence_parallel: bool = flag(
         False, "split norms, dropout and residuals along the sequence over the tensor-parallel ranks, too"
     )
     distributed_backend: str | None = flag(None, "nccl where there are GPUs, else gloo", choices=("nccl", "gloo"))
     distributed_timeout_minutes: float = flag(10.0, "how long a collective waits for the other ranks")
-
-    def layout(self, world_size: int) -> Layout:
-        """The rank grid for `world_size` ranks; the data-parallel size is what is left (validated elsewhere)."""
-        ulysses, ring = self.sequence_axes
-        model_ranks = self.tensor_model_parallel_size * self.pipeline_model_parallel_size * ulysses * ring
-        return Layout(
-            pp=self.pipeline_model_parallel_size,
-            dp_inner=max(1, world_size // model_ranks),
-            ring=ring,
-            ulysses=ulysses,
-            tp=self.tensor_model_parallel_size,
-        )
-
-    @property
-    def sequence_axes(self) -> tuple[int, int]:
-        """(ulysses, ring) sizes, from whichever flags name them."""
-        ulysses, ring, cp = self.ulysses_size, self.ring_size, self.context_parallel_size or 1
-        if ulysses is None and ring is None:
-            return (cp, 1) if self.cp_comm_type == "a2a" else (1, cp)
-        return ulysses or max(1, cp // (ring or 1)), ring or max(1, cp // (ulysses or 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +131,7 @@ class DataConfig:
         None, "kind of tokenizer", choices=("HuggingFaceTokenizer", "ByteTokenizer", "NullTokenizer")
     )
     tokenizer_model: str | None = flag(None, "tokenizer.json, or a directory that holds one", metavar="PATH")
+    reset_attention_mask: bool = flag(False, "documents of one sample do not see each other")
     eod_mask_loss: bool = flag(False, "no loss where the input is the end-of-document token")
     num_workers: int = flag(2, "steps of data read ahead in the background; 0 reads in the training thread")
 
@@ -187,9 +175,14 @@ class TrainingConfig:
     attention_backend: str = flag(
         "auto",
         "attention kernel; auto picks the best that this machine has, unfused (local) is the exact reference",
-        choices=("auto", "flash", "fused", "unfused", "local"),
+        choices=("auto", "flash", "fused", "flash-attn-2", "flash-attn-3", "unfused", "local"),
     )
-    recompute_granularity: str | None = flag(None, "activations to recompute in the backward", choices=("full",))
+    recompute_granularity: str | None = flag(
+        None,
+        "activations to recompute in the backward: those of whole layers, or all but the attention's output, so that "
+        "attention runs once",
+        choices=("full", "all-but-attention"),
+    )
     eval_interval: int = flag(1000, "steps between evaluations")
     eval_iters: int = flag(100, "steps of an evaluation; 0 switches it off")
     exit_interval: int | None = flag(None, "save and stop when the step is a multiple of it")
@@ -218,6 +211,7 @@ class LoggingConfig:
     log_interval: int = flag(100, "steps between progress lines")
     tensorboard_dir: str | None = flag(None, "directory for TensorBoard events", metavar="DIR")
     metrics_file: str | None = flag(None, "JSON lines, one a step; SAVE/metrics.jsonl without it", metavar="FILE")
+    log_comm: bool = flag(False, "print what each axis sent in a step, beside the closed forms")
     trace: str | None = flag(
         None,
         "time every pipeline action of the run's second step, and write them beside the simulator's (Chrome, Perfetto)",

@@ -34,6 +34,10 @@ class Sample(Protocol):
         """Where the token at `position` comes from, in words."""
         ...
 
+    def document_starts(self, length: int) -> np.ndarray:
+        """The positions in [0, length) at which documents begin, int64, ascending; the first is 0."""
+        ...
+
 
 class Dataset(Protocol):
     """An endless, reproducible sequence of samples."""
@@ -113,6 +117,13 @@ class StreamSample:
     def pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Where those tokens lie in the corpus: ranges [start, stop)."""
         return self.stream.pieces(self.position + start, stop - start)
+
+    def document_starts(self, length: int) -> np.ndarray:
+        starts, column = [], 0
+        for start, stop in self.pieces(0, length):
+            starts += [np.array([column]), self.stream.corpus.document_starts(start, stop) - start + column]
+            column += stop - start
+        return np.unique(np.concatenate(starts))
 
     def place(self, position: int) -> str:
         [(token, _)] = self.pieces(position, position + 1)
@@ -201,6 +212,11 @@ class MockSample:
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         return (self.first + self.step * np.arange(start, stop)) % self.vocab_size
+
+    def document_starts(self, length: int) -> np.ndarray:
+        """A document of one token, and others up to the power of two above `first`."""
+        longest = 2 << (self.first % 7)
+        return np.unique(np.array([0, 1, *range(1 + self.step, length, longest + self.step)]).clip(max=length - 1))
 
     def place(self, position: int) -> str:
         return f"position {position} of a mock sample"

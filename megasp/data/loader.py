@@ -30,6 +30,8 @@ class Batch:
         loss_mask: 1 where the label counts, else 0, float32 [B, S].
         positions: where in the sample each input lies, int64 [S].
         samples: number of each sample, int64 [B].
+        document_starts: of each whole sample, where its documents begin, int64, ascending from 0; None where documents
+            are not told apart.
     """
 
     tokens: np.ndarray
@@ -37,6 +39,7 @@ class Batch:
     loss_mask: np.ndarray
     positions: np.ndarray
     samples: np.ndarray
+    document_starts: tuple[np.ndarray, ...] | None = None
 
 
 class Loader:
@@ -54,6 +57,7 @@ class Loader:
         global_batch_size: samples of a step over all ranks; a multiple of B x dp_size.
         dp_rank, dp_size: this rank among those that read different samples.
         vocab_size: bound of token ids (the padded one, if it is padded).
+        reset_attention_mask: whether batches tell documents apart.
         eod: the end-of-document id, to leave inputs that equal it out of the loss (--eod-mask-loss).
         first_sample: samples consumed before.
         prefetch: steps to read ahead in a thread; 0 reads when asked.
@@ -75,6 +79,7 @@ class Loader:
         dp_rank: int,
         dp_size: int,
         vocab_size: int,
+        reset_attention_mask: bool = False,
         eod: int | None = None,
         first_sample: int = 0,
         prefetch: int = 2,
@@ -82,6 +87,7 @@ class Loader:
         assert global_batch_size % (micro_batch_size * dp_size) == 0, (global_batch_size, micro_batch_size, dp_size)
         self.dataset, self.ranges, self.vocab_size, self.eod = dataset, tuple(ranges), vocab_size, eod
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
+        self.reset_attention_mask = reset_attention_mask
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.positions = np.concatenate([np.arange(start, stop) for start, stop in ranges])
         self.consumed_samples = first_sample
@@ -119,7 +125,11 @@ class Loader:
                 tokens[row, columns], labels[row, columns] = ids[:-1], ids[1:]
                 column += stop - start
         mask = np.ones(tokens.shape, np.float32) if self.eod is None else (tokens != self.eod).astype(np.float32)
-        return Batch(tokens, labels, mask, self.positions, samples)
+        starts = None
+        if self.reset_attention_mask:
+            length = self.dataset.seq_length
+            starts = tuple(self.dataset.sample(k).document_starts(length) for k in samples.tolist())
+        return Batch(tokens, labels, mask, self.positions, samples, starts)
 
     def _checked(self, sample: Sample, start: int, stop: int) -> np.ndarray:
         """The sample's tokens [start, stop), all of them in the vocabulary."""

@@ -5,6 +5,8 @@ D hidden size, V vocabulary. The residual stream is [S, B, D], sequence first, s
 sequence never moves memory; with sequence parallelism it is [S / T, B, D].
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +22,7 @@ from megasp.model.loss import linear_cross_entropy
 from megasp.model.norm import Norm
 from megasp.model.rotary import cos_sin
 from megasp.parallel_state import ParallelState
+from megasp.sequence_parallel import Documents, Kept, Mask, SequenceAttention
 
 
 class GPTModel(nn.Module):
@@ -33,8 +36,9 @@ class GPTModel(nn.Module):
         last: whether the final norm and the head are here. Where the ends are apart, tied embeddings are two copies of
             one canonical tensor, and the training step sums their gradients.
         sequence_parallel: split the residual stream over the tensor-parallel ranks.
-        backend: attention kernel, "auto" for the best that this machine has.
-        recompute: keep only each block's input, and run its forward again in the backward.
+        attend: attention over the split sequence; without it over contiguous shards, by the best kernel there is.
+        recompute: "full" to keep only each block's input and run its forward again in the backward;
+            "all-but-attention" to keep what attention gave, too, and not run that again.
         factory: device, dtype and seed of the parameters.
 
     Example:
@@ -52,8 +56,8 @@ class GPTModel(nn.Module):
         first: bool = True,
         last: bool = True,
         sequence_parallel: bool = False,
-        backend: str = "auto",
-        recompute: bool = False,
+        attend: SequenceAttention | None = None,
+        recompute: str | None = None,
         factory: Factory | None = None,
     ) -> None:
         super().__init__()
@@ -63,7 +67,8 @@ class GPTModel(nn.Module):
         self.config, self.state, self.recompute = config, state, recompute
         self.sequence_parallel = sequence_parallel and state.tp.size > 1
         self.residual_split = state.tp.size if self.sequence_parallel else 1
-        options = self.sequence_parallel, backend, factory
+        self.attend = attend or SequenceAttention(state, mask=Mask(config.window_size, config.attention_sinks))
+        options = self.sequence_parallel, self.attend, factory
         tied = not config.untie_embeddings_and_output_weights
         split = tied and not (first and last)
         self.embedding = self._embedding(factory, "embedding", 0 if split else None) if first else None
@@ -109,6 +114,7 @@ class GPTModel(nn.Module):
         loss_mask: Tensor | None = None,
         positions: Tensor | None = None,
         samples: Tensor | None = None,
+        document_starts: Documents | None = None,
     ) -> Tensor:
         """Logits, or with labels the sum of the token losses.
 
@@ -118,6 +124,8 @@ class GPTModel(nn.Module):
             loss_mask: weight of each token's loss, [B, S]; ones without it.
             positions: global positions of this rank's tokens, int64 [S]; 0, 1, ... without it.
             samples: global sample numbers, int64 [B]; with them dropout is on.
+            document_starts: of each whole sample, the positions where documents begin, which do not see each other
+                then, int64, ascending from 0.
         Returns:
             Logits [B, S, V] of every rank's vocabulary; or, with labels, the masked sum of this rank's token losses, a
             scalar in fp32 or wider, the same on all tensor-parallel ranks; or the residual stream without `last`.
@@ -125,15 +133,11 @@ class GPTModel(nn.Module):
         if positions is None:
             length = tokens.shape[1] if self.embedding is not None else tokens.shape[0] * self.residual_split
             positions = torch.arange(length, device=tokens.device)
-        info = self._tokens(positions, samples)
+        info = self._tokens(positions, samples, document_starts)
         x = self._embed(tokens, positions, info.keys) if self.embedding is not None else tokens
         for block in self.layers:
             # Dropout needs no random state: a recomputed block draws the same masks from the same names.
-            x = (
-                checkpoint(block, x, info, use_reentrant=False, preserve_rng_state=False)
-                if self._keep(x)
-                else block(x, info)
-            )
+            x = self._recomputed(block, x, info) if self.recompute and torch.is_grad_enabled() else block(x, info)
         if self.final_norm is None or self.head is None:
             return x
         x = self.final_norm(x)
@@ -143,20 +147,26 @@ class GPTModel(nn.Module):
         axis, weight = self.state.tp, self.head.weight
         return linear_cross_entropy(x, weight, labels.t(), mask.t(), axis, self.sequence_parallel)
 
+    def _recomputed(self, block: nn.Module, x: Tensor, info: Tokens) -> Tensor:
+        if self.recompute == "all-but-attention":
+            info = replace(info, kept=Kept())
+        return checkpoint(block, x, info, use_reentrant=False, preserve_rng_state=False)
+
     def residual_shape(self, samples: int, positions: int) -> tuple[int, int, int]:
         """Shape of the residual stream of a microbatch [samples, positions] on this rank."""
         return positions // self.residual_split, samples, self.config.hidden_size
 
-    def _keep(self, x: Tensor) -> bool:
-        return self.recompute and torch.is_grad_enabled()
-
-    def _tokens(self, positions: Tensor, samples: Tensor | None) -> Tokens:
+    def _tokens(self, positions: Tensor, samples: Tensor | None, document_starts: Documents | None) -> Tokens:
         """Tables and names for the tokens at `positions`."""
         config, dtype = self.config, next(self.parameters()).dtype
         rotary = cos_sin(positions, config, dtype) if config.position_embedding_type == "rope" else None
+        heads, kv_heads = (
+            max(1, count // self.state.tp.size) for count in (config.num_attention_heads, config.kv_heads)
+        )
+        work = self.attend.work(positions.shape[-1], heads, kv_heads, document_starts)
         if samples is None or not self.training:
-            return Tokens(None, rotary)
-        return Tokens(TokenKeys(samples, self._shard(positions)), rotary)
+            return Tokens(work, None, rotary)
+        return Tokens(work, TokenKeys(samples, self._shard(positions)), rotary)
 
     def _shard(self, x: Tensor) -> Tensor:
         """This tensor-parallel rank's part of dim 0, with sequence parallelism."""

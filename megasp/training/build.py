@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from megasp.config.context_parallel import split_context
 from megasp.config.schema import Config
 from megasp.config.stages import split
 from megasp.data_parallel import Replicas
@@ -12,7 +13,7 @@ from megasp.model import Factory, GPTModel
 from megasp.parallel_state import ParallelState
 from megasp.pipeline.executor import Pipeline
 from megasp.pipeline.schedules import placement
-from megasp.sequence_parallel import kernels
+from megasp.sequence_parallel import Mask, SequenceAttention, kernels
 from megasp.shard_map import ShardMap
 from megasp.training.optimizer import build_optimizer
 
@@ -47,6 +48,13 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
     """
     dtype = dtype or (torch.bfloat16 if config.training.bf16 else torch.float32)
     kernel = attention_kernel(config, state.device, dtype)
+    context = split_context(config)
+    seq_length, ring = config.training.seq_length, state.ring.size
+    if ring == 1 or context.ring_mode == "lightseq":  # which balances contiguous shards by itself
+        shard_map = ShardMap.contiguous(seq_length, state.cp.size)
+    else:
+        shard_map = ShardMap.zigzag(seq_length, ring, state.ulysses.size)
+    mask = Mask(config.model.window_size, config.model.attention_sinks)
     plan = config.pipeline
     owner = placement(plan.schedule, plan.ranks, plan.chunks)
     stages = {
@@ -57,8 +65,8 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
             first=stage.first,
             last=stage.last,
             sequence_parallel=config.parallel.sequence_parallel,
-            backend=kernel,
-            recompute=config.training.recompute_granularity == "full",
+            attend=SequenceAttention(state, shard_map, kernel, context.ring_mode, mask),
+            recompute=config.training.recompute_granularity,
             factory=Factory(state.device, dtype, config.training.seed),
         )
         for stage in split(config)
@@ -68,7 +76,6 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
     replicas = Replicas(model, state.gradients)
     pipeline = Pipeline(plan, stages, state, replicas.begin_microbatch)
     optimizer = build_optimizer(replicas.masters, config.optimizer)
-    shard_map = ShardMap.contiguous(config.training.seq_length, state.cp.size)
     return Training(config, state, shard_map, model, pipeline, replicas, optimizer, kernel)
 
 

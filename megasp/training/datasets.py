@@ -91,6 +91,7 @@ def build_loader(
         dp_rank=state.dp.rank,
         dp_size=state.dp.size,
         vocab_size=config.model.padded_vocab_size,
+        reset_attention_mask=config.data.reset_attention_mask,
         eod=eod,
         first_sample=first_sample,
         prefetch=config.data.num_workers,

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megasp import checkpoints, log, parallel_state
+from megasp.config.context_parallel import split_context
 from megasp.config.load import load, parser, to_yaml
 from megasp.config.schema import Config
 from megasp.config.stages import split, table
@@ -22,7 +23,7 @@ from megasp.errors import DataError
 from megasp.model.flops import flops_per_token, parameter_count
 from megasp.pipeline import trace
 from megasp.pipeline.schedules import placement
-from megasp.training import resume
+from megasp.training import communication, resume
 from megasp.training.build import Training, build
 from megasp.training.datasets import Datasets, build_datasets, build_loader, resolve
 from megasp.training.devices import peak_tflops
@@ -112,8 +113,10 @@ class _Loop:
         while progress.step < train_steps:
             lr = learning_rate(progress.step, config.optimizer, train_steps)
             began = time.perf_counter()
+            microbatches = self.loader.step()
+            communication.reset(self.training)
             with trace.recording(self.training.pipeline, self._trace_file(progress.step - start)):
-                result = train_step(self.training, self.loader.step(), lr)
+                result = train_step(self.training, microbatches, lr)
             progress = Progress(progress.step + 1, progress.samples + batch, progress.tokens + result.tokens)
             self.metrics.step(
                 progress.step,
@@ -123,6 +126,8 @@ class _Loop:
                 tokens=progress.tokens,
                 seconds=time.perf_counter() - began,
             )
+            if config.logging.log_comm and (progress.step == 1 or progress.step % config.logging.log_interval == 0):
+                communication.report(self.training, microbatches)
             self._check_finite(progress, result)
             last = progress.step == train_steps
             reason = self.stop.reason(progress.step)
@@ -182,6 +187,9 @@ def _introduce(training: Training, datasets: Datasets, start: Progress) -> None:
     dtype = str(next(training.model.parameters()).dtype).removeprefix("torch.")
     steps = config.train_steps(layout)
     log.info(f"layout {layout.name}: {layout.describe()}, on {training.state.device.type}")
+    context = split_context(config)
+    if context.reason and layout.cp > 1:
+        log.info(f"context parallel {layout.cp}: {context.reason}")
     for line in _stage_table(config):
         log.info(line)
     log.info(

@@ -13,7 +13,7 @@ from megasp.config.layout import Layout
 from megasp.model.dropout import attention_bits
 from megasp.parallel_state import Axis
 from megasp.sequence_parallel import UlyssesAttention, attend
-from megasp.sequence_parallel.kernels import AttentionDropout
+from megasp.sequence_parallel.block_kernels import AttentionDropout
 from tests.ranks import run_ranks
 
 S, B, H = 8, 2, 4

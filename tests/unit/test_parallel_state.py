@@ -76,7 +76,7 @@ def test_built_twice() -> None:
 
 
 def test_sizes_that_do_not_fit_and_then_do() -> None:
-    with pytest.raises(ConfigError, match="tensor 2 x pipeline 1 x Ulysses 3 .* on 1 ranks: .* a multiple of 6 ranks"):
+    with pytest.raises(ConfigError, match=r"tensor 2 x pipeline 1 x Ulysses 3 .* on 1 ranks: .* a multiple of 6 ranks"):
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=2, ulysses_size=3, backend="gloo")
     with pytest.raises(ConfigError):
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=0, backend="gloo")
@@ -87,7 +87,7 @@ def test_sizes_that_do_not_fit_and_then_do() -> None:
 
 def test_layout_of_another_size() -> None:
     device = parallel_state.initialize_distributed("gloo")
-    with pytest.raises(ConfigError, match="layout tp2-.* on 1 ranks: its sizes multiply to 2.*; start 2 ranks"):
+    with pytest.raises(ConfigError, match=r"layout tp2-.* on 1 ranks: its sizes multiply to 2.*; start 2 ranks"):
         parallel_state.build(Layout(tp=2), device)
 
 
@@ -100,7 +100,7 @@ def test_joins_a_group_that_exists() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
 def test_nccl_without_gpus() -> None:
-    with pytest.raises(ConfigError, match="--distributed-backend nccl: it needs CUDA devices .* use gloo"):
+    with pytest.raises(ConfigError, match=r"--distributed-backend nccl: it needs CUDA devices .* use gloo"):
         parallel_state.initialize_model_parallel(backend="nccl")
     assert not dist.is_initialized()
 

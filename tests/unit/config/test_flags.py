@@ -16,7 +16,7 @@ class Options:
     """Options of a test. This line is not a title."""
 
     source: str = flag(REQUIRED, "what to read", name="source", metavar="SOURCE")
-    output: Path = flag(REQUIRED, "where to write")
+    output: Path = flag(REQUIRED, "where to write")  # noqa: RUF009
     workers: int = flag(1, "processes, 100% of them")
     share: float | None = flag(None, "a share")
     kind: str = flag("fast", "kind", choices=("fast", "exact"))

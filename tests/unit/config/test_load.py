@@ -58,7 +58,10 @@ def test_each_flag_sets_its_field_alone(group: type, field: dataclasses.Field[An
     argv = [option_string(field)]
     if not isinstance(value, bool):
         argv += map(str, value) if isinstance(value, tuple) else [str(value)]
-    assert read(*argv) == from_values({field.name: value})
+    grouped = ["--group-query-attention"] if field.name == "num_query_groups" else []
+    assert read(*argv, *grouped) == from_values(
+        {field.name: value} | ({"group_query_attention": True} if grouped else {})
+    )
 
 
 def test_flags_are_frozen() -> None:
@@ -114,7 +117,7 @@ def test_bad_preset_in_file(tmp_path: Path, text: str) -> None:
 
 
 def test_bad_preset() -> None:
-    with pytest.raises(ConfigError, match="invalid choice: 'llama3' .*llama3-8b"):
+    with pytest.raises(ConfigError, match=r"invalid choice: 'llama3' .*llama3-8b"):
         read("--model", "llama3")
 
 
@@ -153,11 +156,20 @@ def test_every_field_through_yaml(tmp_path: Path) -> None:
 
 
 def test_yaml_wins_over_a_preset_it_was_made_without(tmp_path: Path) -> None:
-    """The stored file says every value that has a default, so no preset shines through."""
+    """The stored file says every value that has a default; the preset fills in what was not given."""
     config = Config()
     (tmp_path / "c.yaml").write_text(to_yaml(config))
-    again = read("--model", "llama3-8b", "--config", str(tmp_path / "c.yaml"))
-    assert again.model.swiglu is False and again.model.normalization == "LayerNorm"
+    again = read("--model", "gpt2-125m", "--config", str(tmp_path / "c.yaml"))
+    assert again.model.hidden_size == 0 and again.training.seq_length == 0 and again.model.vocab_size == 50257
+
+
+def test_groups_need_their_switch(tmp_path: Path) -> None:
+    """Megatron-LM ignores `--num-query-groups` alone; preset, file and flags may say the two in different places."""
+    with pytest.raises(ConfigError, match=r"--num-query-groups 4 without --group-query-attention: .* add --group"):
+        read("--num-query-groups", "4")
+    (tmp_path / "c.yaml").write_text("group-query-attention: true\n")
+    assert read("--config", str(tmp_path / "c.yaml"), "--num-query-groups", "4").model.kv_heads == 4
+    assert read("--model", "llama3-8b", "--num-query-groups", "4").model.kv_heads == 4
 
 
 @pytest.mark.parametrize("config", [Config(), everything_changed()], ids=["defaults", "changed"])
@@ -181,7 +193,9 @@ def test_derived_values() -> None:
     def model(**values: Any) -> Any:
         return from_values(values).model
 
-    assert model(num_attention_heads=8).kv_heads == 8 and model(num_attention_heads=8, num_query_groups=1).kv_heads == 1
+    grouped = {"num_attention_heads": 8, "group_query_attention": True}
+    assert model(num_attention_heads=8).kv_heads == 8 and model(**grouped, num_query_groups=2).kv_heads == 2
+    assert model(**grouped).kv_heads == 1, "as in Megatron-LM"
     assert model(hidden_size=64, num_attention_heads=8).head_dim == 8
     assert model(hidden_size=64, num_attention_heads=8, kv_channels=16).head_dim == 16
     assert model(hidden_size=768).mlp_size == 3072

@@ -17,7 +17,8 @@ from megasp.config.validate import nearest, validate
 from megasp.errors import ConfigError
 
 BASE: dict[str, Any] = {
-    "num_layers": 2, "hidden_size": 64, "num_attention_heads": 8, "num_query_groups": 4, "seq_length": 32,
+    "num_layers": 2, "hidden_size": 64, "num_attention_heads": 8, "group_query_attention": True,
+    "num_query_groups": 4, "seq_length": 32,
     "position_embedding_type": "rope", "vocab_size": 512, "attention_dropout": 0.0, "hidden_dropout": 0.0,
     "mock_data": True, "train_iters": 10, "lr": 1e-3,
 }  # fmt: skip
@@ -77,18 +78,19 @@ CASES = [
     Case("tp", {TP: -2}, "--tensor-model-parallel-size is -2", "positive", {"positive": {TP: 1}}),
     Case("ulysses", {"ulysses_size": -2}, "--ulysses-size is -2", "positive", {"positive": {"ulysses_size": 1}}),
     Case("pp", {PP: 2, "world": 2}, "pipeline-model-parallel-size 2", "not built yet", numbers(PP, 1)),
-    Case("ring", {"ring_size": 2, "world": 2}, "ring size 2", "not built yet",
-         {"--ulysses-size": {"ring_size": None, "ulysses_size": 2},
-          "--cp-comm-type a2a": {"ring_size": None, CP: 2, "cp_comm_type": "a2a"}}),
+    Case("ring", {"ring_size": -2}, "--ring-size is -2", "positive", {"positive": {"ring_size": 1}}),
     Case("world", {TP: 4, "world": 6}, "tensor 4 x pipeline 1 x Ulysses 1 x ring 1 = 4 on 6 ranks",
          "must divide the number of ranks", numbers("world", 4, 8)),
     Case("cp-positive", {CP: -1}, "--context-parallel-size is -1", "positive", {"positive": {CP: 1}}),
     Case("cp-type", {"cp_comm_type": "ring"}, "cp-comm-type ring", "a2a, p2p, a2a+p2p, all_gather",
          {"a2a": {"cp_comm_type": "a2a"}}),
-    Case("cp-default", {CP: 2, "world": 2}, "context-parallel-size 2 with cp-comm-type p2p (the default)",
-         "only Ulysses (a2a)", {"--cp-comm-type a2a": {"cp_comm_type": "a2a"}}),
-    Case("cp-all-gather", {CP: 2, "world": 2, "cp_comm_type": "all_gather"}, "cp-comm-type all_gather",
-         "only Ulysses (a2a)", {"--cp-comm-type a2a": {"cp_comm_type": "a2a"}}),
+    Case("cp-a2a", {"ring_size": 2, "cp_comm_type": "a2a", "world": 2}, "cp-comm-type a2a with ulysses-size 1 and "
+         "ring-size 2", "Ulysses alone", {"leave it out": {"cp_comm_type": None},
+                                          "--ring-size 1": {"ring_size": 1, "ulysses_size": 2}}),
+    Case("cp-ring", {"ulysses_size": 2, "cp_comm_type": "lightseq", "world": 2}, "cp-comm-type lightseq with "
+         "ulysses-size 2 and ring-size 1", "the ring's ranks", {"--cp-comm-type a2a": {"cp_comm_type": "a2a"}}),
+    Case("cp-both", {CP: 3, "cp_comm_type": "a2a+p2p", "world": 3, "seq_length": 33}, "context-parallel-size 3 with "
+         "cp-comm-type a2a+p2p", "at least 2 ranks", {"--cp-comm-type p2p": {"cp_comm_type": "p2p"}}),
     Case("cp-product", {CP: 3, "ulysses_size": 2, "world": 2}, "context-parallel-size 3, ulysses-size 2, ring-size 1",
          "product", {"--context-parallel-size 2": {CP: 2}, "leave it out": {CP: None}}),
     # What each axis splits
@@ -100,11 +102,12 @@ CASES = [
          "num-query-groups 6 on tensor-model-parallel-size 4", "one must divide the other", numbers(TP, 3, 6, world=1)),
     Case("tp-vocab", {TP: 8, "vocab_size": 4, "make_vocab_size_divisible_by": 1, "world": 8},
          "padded vocabulary 4 on tensor-model-parallel-size 8", "must divide it", numbers(TP, 4, world=1)),
-    Case("u-heads", {"ulysses_size": 3, TP: 2, "world": 6}, "query heads per tensor-parallel rank (8 / 2): 4 on "
-         "ulysses-size 3", "must divide it", numbers("ulysses_size", 2, 4, world=2)),
-    Case("u-kv", HEADS12 | {"ulysses_size": 4, "num_query_groups": 6, "world": 4},
-         "kv heads per tensor-parallel rank 6 on ulysses-size 4", "one must divide the other",
-         numbers("ulysses_size", 3, 6, world=1)),
+    Case("u-heads", {"ulysses_size": 6, TP: 2, "seq_length": 48, "world": 12},
+         "ulysses-size 6 with 4 query heads per tensor-parallel rank (8 / 2)", "at least one head",
+         {"--ulysses-size 3, and --ring-size": {"ulysses_size": 3, "ring_size": 2}}),
+    Case("window", {"window_size": -1}, "window-size -1", "counts tokens", {"leave it out": {"window_size": None}}),
+    Case("sinks", {"attention_sinks": 2}, "attention-sinks 2", "beyond a window", {
+        "--window-size": {"window_size": 4}, "leave --attention-sinks out": {"attention_sinks": 0}}),
     Case("seq-split", {"ulysses_size": 4, "seq_length": 34, "world": 4}, "seq-length 34 over 4 ranks (context "
          "parallel 4)", "equally many tokens", numbers("seq_length", 32, 36)),
     Case("seq-split-sp", {"ulysses_size": 2, TP: 2, "sequence_parallel": True, "seq_length": 30, "world": 4},

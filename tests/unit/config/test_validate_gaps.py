@@ -54,16 +54,6 @@ def test_refused(given: dict[str, Any]) -> None:
         pytest.fail(f"{given} passed validate")
 
 
-def test_groups_without_their_number() -> None:
-    """In Megatron-LM `--group-query-attention` alone is multi-query (num-query-groups defaults to 1)."""
-    given = {"group_query_attention": True, "num_query_groups": None}
-    try:
-        validate(*config(given))
-    except ConfigError:
-        return
-    assert config(given)[0].model.kv_heads == 1, "--group-query-attention is silently ignored"
-
-
 @pytest.mark.parametrize(
     ("name", "given"),
     [
@@ -85,18 +75,15 @@ def test_zero_is_not_called_missing(name: str, given: dict[str, Any]) -> None:
         {TP: 8, "ffn_hidden_size": 100},  # 5 and 10 divide 100, but not 8 heads
         {TP: 8, "num_attention_heads": 12, "hidden_size": 96},  # 6 divides 12 heads, but shares no kv heads with 4
         {TP: 8, "vocab_size": 500, "make_vocab_size_divisible_by": 1},
-        {"ulysses_size": 3, "seq_length": 32, "num_attention_heads": 4, "num_query_groups": 4},
-        {"ulysses_size": 8, "num_attention_heads": 12, "hidden_size": 96, "seq_length": 32},
     ],
-    ids=["ffn", "heads", "vocabulary", "ulysses", "ulysses-heads"],
+    ids=["ffn", "heads", "vocabulary"],
 )
 def test_proposed_sizes_pass_every_rule(given: dict[str, Any]) -> None:
-    axis = TP if TP in given else "ulysses_size"
     with pytest.raises(ConfigError, match="use a size of ") as caught:
-        validate(*config(given | {"world": given[axis]}))
+        validate(*config(given | {"world": given[TP]}))
     for size in map(int, re.findall(r"\d+", caught.value.fix)):
         try:
-            validate(*config(given | {axis: size, "world": size}))
+            validate(*config(given | {TP: size, "world": size}))
         except ConfigError as error:
             pytest.fail(f"'{caught.value}' proposes {size}, but '{error}'")
 

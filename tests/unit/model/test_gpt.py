@@ -10,6 +10,8 @@ from torch import Tensor
 from megasp.config.schema import ModelConfig
 from megasp.model import Factory, GPTModel
 from megasp.model.flops import parameter_count
+from megasp.parallel_state import ParallelState
+from megasp.sequence_parallel import SequenceAttention
 from tests.unit.model.reference import LLAMA, batch, gradients, logits, loss, randomize, small, weights
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -35,7 +37,7 @@ def model(config: ModelConfig, dtype: torch.dtype = torch.float64, **options: An
 def test_against_the_textbook(name: str, backend: str) -> None:
     """Logits, loss and the gradient of every canonical tensor, fp64."""
     config = small(**VARIANTS[name])
-    ours = model(config, backend=backend)
+    ours = model(config, attend=SequenceAttention(ParallelState.single(), backend=backend))
     tokens, labels, mask = batch(config)
     w = {key: value.clone().requires_grad_() for key, value in weights(ours).items()}
     torch.testing.assert_close(ours(tokens), logits(config, w, tokens))

@@ -1,4 +1,4 @@
-"""The whole model against transformers: logits, loss and the gradient of every tensor by name, with the same weights."""
+"""The whole model against transformers, same weights: logits, loss, and the gradient of every tensor by name."""
 
 from typing import Any
 
@@ -14,10 +14,11 @@ from tests.unit.model.reference import LLAMA, Canonical, batch, gradients, rando
 transformers = pytest.importorskip("transformers")
 
 LLAMA_NAMES = {
-    "embedding.": "model.embed_tokens.", "head.": "lm_head.", "final_norm.": "model.norm.", "layers.": "model.layers.",
-    "attention.": "self_attn.", "mlp.": "mlp.", "input_norm.": "input_layernorm.",
-    "mlp_norm.": "post_attention_layernorm.",
-} | {f"{p}.weight": f"{p}_proj.weight" for p in ("q", "k", "v", "o", "gate", "up", "down")}  # fmt: skip
+    "embedding.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight", "final_norm": "model.norm",
+    "layers.": "model.layers.", "input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+    "attention.": "self_attn.",
+} | {f".{p}.weight": f".{p}_proj.weight" for p in ("q", "k", "v", "o", "gate", "up", "down")}  # fmt: skip
+"""Part of a canonical name -> of transformers'."""
 
 
 def llama(config: ModelConfig) -> nn.Module:
@@ -47,11 +48,9 @@ def llama_state(tensors: Canonical, tied: bool) -> Canonical:
     """Canonical tensors by transformers' names."""
     state = {}
     for name, tensor in tensors.items():
-        parts = [part + "." for part in name.split(".")]
-        ours = "".join(parts[:-2]), "".join(parts[-2:])[:-1]  # the layer's place, its own name
-        place = "".join(LLAMA_NAMES.get(part, part) for part in (p + "." for p in ours[0].split(".")[:-1]))
-        own = LLAMA_NAMES.get(ours[1]) or ours[1].replace(parts[-2], LLAMA_NAMES.get(parts[-2], parts[-2]))
-        state[place + own] = tensor
+        for ours, theirs in LLAMA_NAMES.items():
+            name = name.replace(ours, theirs)
+        state[name] = tensor
     if tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     return state

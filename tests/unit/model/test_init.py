@@ -1,7 +1,6 @@
 """Initial weights: a function of (seed, canonical name, place) alone, so every layout starts from the same model and
 a rank draws no more than it holds."""
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,7 +111,7 @@ def state(tp: int, rank: int) -> ParallelState:
     return ParallelState(Layout(tp=tp), rank, torch.device("cpu"), axes)
 
 
-def models(**changes: Any) -> Iterator[tuple[str, ModelConfig, bool]]:
+def models() -> Iterator[tuple[str, ModelConfig, bool]]:
     llama: dict[str, Any] = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 8, "vocab_size": 300}
     llama |= {"ffn_hidden_size": 48, "max_position_embeddings": 10}
     yield "llama", ModelConfig(**llama, num_query_groups=2, swiglu=True, normalization="RMSNorm", qk_layernorm=True,
@@ -164,6 +163,6 @@ def test_output_projections_start_smaller() -> None:
 
 
 def test_ranks_hold_their_share() -> None:
-    config = list(itertools.islice(models(), 1))[0][1]
+    config = next(models())[1]
     sizes = [sum(p.numel() for p in GPTModel(config, state(tp, 0)).parameters() if p.dim() > 1) for tp in (1, 2)]
     assert sizes[1] * 2 == sizes[0]

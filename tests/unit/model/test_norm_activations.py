@@ -137,7 +137,8 @@ def test_norm_bf16_keeps_wide_statistics(kind: str) -> None:
         x.double(),
         *(p.double() for p in parameters),
     )
-    for name, a, b in zip(("y", "dx", "dweight", "dbias"), run(functional(Norm(kind, n)), x, *parameters), exact):
+    ours = run(functional(Norm(kind, n)), x, *parameters)
+    for name, a, b in zip(("y", "dx", "dweight", "dbias")[: len(exact)], ours, exact, strict=True):
         assert a.dtype == torch.bfloat16
         error = (a.double() - b).norm() / b.norm()
         # One rounding is 2^-9 at most and 0.0017 in the mean; the incoming gradient is rounded the same way.

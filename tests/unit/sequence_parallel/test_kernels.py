@@ -11,7 +11,8 @@ from torch import Tensor
 from megasp.errors import ConfigError
 from megasp.model.dropout import attention_bits
 from megasp.sequence_parallel import attend, kernels
-from megasp.sequence_parallel.kernels import AttentionDropout
+from megasp.sequence_parallel.block_kernels import AttentionDropout
+from megasp.sequence_parallel.blocks import CAUSAL, Block
 
 BACKENDS = ["unfused", "flash"]
 SHAPES = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}
@@ -120,7 +121,7 @@ def attention_dropout(probability: float, first_head: int = 0, key: int = 11) ->
 
 def test_dropout_against_plain() -> None:
     given, drop = inputs(6, 2), attention_dropout(0.4)
-    factors = drop.factors(6, S, S)
+    factors = drop.factors(Block(None, (0, S), (0, S), CAUSAL, 0, 0), 6)
     ours = run(partial(attend, dropout=drop), *given)
     torch.testing.assert_close(ours, run(partial(plain, factors=factors), *given))
     assert not torch.allclose(ours[0], plain(*given[:3])[0]), "nothing was dropped"
@@ -129,7 +130,7 @@ def test_dropout_against_plain() -> None:
 
 def test_dropout_statistics() -> None:
     for probability in (0.1, 0.5):
-        factors = attention_dropout(probability).factors(16, 32, 32)
+        factors = attention_dropout(probability).factors(Block(None, (0, 32), (0, 32), CAUSAL, 0, 0), 16)
         assert set(factors.unique().tolist()) == {0.0, torch.tensor(1 / (1 - probability)).item()}
         assert abs((factors == 0).double().mean() - probability) < 0.01
         assert abs(factors.double().mean() - 1) < 0.02
@@ -160,7 +161,7 @@ def test_choice_and_availability() -> None:
     with pytest.raises(ConfigError, match="--attention-backend fused: fused: it runs on cuda, not on cpu"):
         kernels.choose("fused", "cpu", torch.bfloat16)
     had = {name: has for name, has, _ in kernels.available()}
-    assert had == {"flash": True, "unfused": True, "fused": torch.cuda.is_available()}
+    assert had["flash"] and had["unfused"] and had["fused"] == torch.cuda.is_available()
 
 
 def test_lse_is_not_differentiated() -> None:
