@@ -25,7 +25,7 @@ from megasp.errors import ConfigError
 from megasp.local_ranks import run_ranks
 from megasp.parameters import Piece, placed
 from megasp.training.build import build
-from megasp.training.datasets import build_datasets, build_loader, resolve
+from megasp.training.datasets import build_datasets, build_loader, phase_of, resolve
 from megasp.training.learning_rate import learning_rate
 from megasp.training.step import accumulate_gradients, apply_gradients
 
@@ -161,7 +161,8 @@ def _train(config: Config, layout: Layout, steps: int, dtype: str) -> tuple[list
     masters = training.replicas.masters
     losses: list[float] = []
     gradients: Held = []
-    with build_loader(config, state, training.shard_map, build_datasets(config).train) as loader:
+    dataset = build_datasets(config, phase_of(config, layout)).train
+    with build_loader(config, state, training.shard_map, dataset) as loader:
         for step in range(steps):
             losses.append(accumulate_gradients(training, loader.step())[0])
             gradients += [item for p in masters for item in _boxes(step, p, p.grad)]

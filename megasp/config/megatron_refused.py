@@ -97,10 +97,6 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
     ),
     # Batches and steps
     (
-        "ramp-up of the batch is not built yet: use a constant --global-batch-size",
-        "--rampup-batch-size",
-    ),
-    (
         "the global batch is exactly --global-batch-size, and every batch is trained on",
         "--decrease-batch-size-if-needed --iterations-to-skip",
     ),
@@ -143,9 +139,8 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--apply-layernorm-1p --apply-residual-connection-post-layernorm --qk-l2-norm",
     ),
     (
-        "attention is causal over the whole sample, and documents in it see each other: pack one document a sample "
-        "where that matters",
-        "--reset-position-ids --reset-attention-mask --window-size --window-attn-skip-freq",
+        "attention is causal over the whole sample",
+        "--window-size --window-attn-skip-freq",
     ),
     (
         "rotary positions are those of Llama and GPT-NeoX (--rotary-base, --rotary-percent, --use-rope-scaling), on "
@@ -251,9 +246,9 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--legacy-tokenizer --trust-remote-code",
     ),
     (
-        "one corpus is divided by --split: use --data-path with --split",
-        "--train-data-path --valid-data-path --test-data-path --data-args-path --per-split-data-args-path "
-        "--multiple-validation-sets",
+        "corpora are named on the command line or in --config FILE.yaml: use --data-path, or --train-data-path with "
+        "--valid-data-path and --test-data-path",
+        "--data-args-path --per-split-data-args-path",
     ),
     (
         "token files are read from local paths, and padding is not marked by a token",

@@ -8,17 +8,21 @@ indexed_dataset, indexed_dataset_builder    Megatron-LM's .bin/.idx files, read 
 tokenizer                                   text to ids and back
 text_files                                  documents in text and JSON lines
 sample_order                                the keyed order of samples, computed and never stored
-gpt_dataset                                 which tokens sample k reads
+token_stream, gpt_dataset                   which tokens sample k reads
+blend                                       which dataset sample k comes from
+phases                                      changes of length, batch, blend or corpus in the middle of a run
 loader                                      batches of one rank, read ahead
 atomic_files                                output that appears whole or not at all
 train_tokenizer, preprocess, inspect, verify, explain      the commands: `Options` and `run`
 """
 
-from megasp.data.gpt_dataset import Dataset, GPTDataset, MockDataset, Sample, TokenStream, split_ranges
+from megasp.data.blend import BlendedDataset, BlendOrder
+from megasp.data.gpt_dataset import Dataset, GPTDataset, MockDataset, Position, Sample, split_ranges
 from megasp.data.indexed_dataset import IndexedDataset, best_dtype
 from megasp.data.indexed_dataset_builder import IndexedDatasetBuilder
-from megasp.data.loader import Batch, Loader
+from megasp.data.loader import Batch, DocumentRules, Loader
 from megasp.data.sample_order import SampleOrder
+from megasp.data.token_stream import TokenStream
 from megasp.data.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
@@ -30,8 +34,11 @@ from megasp.data.tokenizer import (
 
 __all__ = [
     "Batch",
+    "BlendOrder",
+    "BlendedDataset",
     "ByteTokenizer",
     "Dataset",
+    "DocumentRules",
     "GPTDataset",
     "HuggingFaceTokenizer",
     "IndexedDataset",
@@ -39,6 +46,7 @@ __all__ = [
     "Loader",
     "MockDataset",
     "NullTokenizer",
+    "Position",
     "Sample",
     "SampleOrder",
     "TokenStream",

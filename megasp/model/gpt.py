@@ -103,6 +103,7 @@ class GPTModel(nn.Module):
         loss_mask: Tensor | None = None,
         positions: Tensor | None = None,
         samples: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Logits, or with labels the sum of the token losses.
 
@@ -112,14 +113,17 @@ class GPTModel(nn.Module):
             loss_mask: weight of each token's loss, [B, S]; ones without it.
             positions: global positions of this rank's tokens, int64 [S]; 0, 1, ... without it.
             samples: global sample numbers, int64 [B]; with them dropout is on.
+            position_ids: what the position embedding sees, int64 [B, S], where positions restart with each document;
+                `positions` without it.
         Returns:
             Logits [B, S, V] of every rank's vocabulary; or, with labels, the masked sum of this rank's token losses, a
             scalar in fp32 or wider, the same on all tensor-parallel ranks; or the residual stream without `last`.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
-        info = self._tokens(positions, samples)
-        x = self._embed(tokens, positions, info.keys) if self.embedding is not None else tokens
+        seen = positions if position_ids is None else position_ids.t()  # [S] or [S, B]
+        info = self._tokens(positions, seen, samples)
+        x = self._embed(tokens, seen, info.keys) if self.embedding is not None else tokens
         for block in self.layers:
             # Dropout needs no random state: a recomputed block draws the same masks from the same names.
             x = (
@@ -139,10 +143,10 @@ class GPTModel(nn.Module):
     def _keep(self, x: Tensor) -> bool:
         return self.recompute and torch.is_grad_enabled()
 
-    def _tokens(self, positions: Tensor, samples: Tensor | None) -> Tokens:
-        """Tables and names for the tokens at `positions`."""
+    def _tokens(self, positions: Tensor, seen: Tensor, samples: Tensor | None) -> Tokens:
+        """Tables for positions `seen`, and names for the tokens at `positions`."""
         config, dtype = self.config, next(self.parameters()).dtype
-        rotary = cos_sin(positions, config, dtype) if config.position_embedding_type == "rope" else None
+        rotary = cos_sin(seen, config, dtype) if config.position_embedding_type == "rope" else None
         if samples is None or not self.training:
             return Tokens(None, rotary)
         return Tokens(TokenKeys(samples, self._shard(positions)), rotary)
@@ -155,7 +159,8 @@ class GPTModel(nn.Module):
         assert self.embedding is not None
         x = self.embedding(tokens.t())
         if self.position_embedding is not None:
-            x = x + self.position_embedding[self._shard(positions)][:, None]
+            seen = positions if positions.dim() == 2 else positions[:, None]
+            x = x + self.position_embedding[self._shard(seen)]
         return dropout(x, self.config.hidden_dropout, self.embedding_key, keys)
 
     def _logits(self, x: Tensor) -> Tensor:

@@ -90,4 +90,7 @@ def _forward(training: Training, batch: Batch, with_dropout: bool) -> Tensor:
         return torch.as_tensor(array).to(training.state.device, non_blocking=True)
 
     samples = here(batch.samples) if with_dropout else None
-    return training.model(here(batch.tokens), here(batch.labels), here(batch.loss_mask), here(batch.positions), samples)
+    position_ids = None if batch.position_ids is None else here(batch.position_ids)
+    return training.model(
+        here(batch.tokens), here(batch.labels), here(batch.loss_mask), here(batch.positions), samples, position_ids
+    )

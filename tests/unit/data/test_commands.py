@@ -72,16 +72,16 @@ def test_verify_finds_damage(corpus, said, damage, message):
 def test_explain_names_what_the_step_reads(corpus, said):
     data = corpus([30, 30, 30, 10])
     flags = ["--seq-length", "8", "--global-batch-size", "4", "--split", "1", "--tokenizer-type", "ByteTokenizer"]
-    assert call(explain, data.prefix, "--step", "3", *flags) == 0
+    assert call(explain, "--data-path", data.prefix, "--step", "3", *flags) == 0
     assert "step 3 reads samples 8 to 11" in said.text
     dataset = GPTDataset(data, (0, 4), 8, seed=1234)
     for k in range(8, 12):
         tokens = dataset.sample(k).tokens(0, 8)
-        [line] = [message for message in said.messages if message.startswith(f"sample {k}, epoch {k // 12}: ")]
+        [line] = [message for message in said.messages if message.startswith(f"sample {k}: corpus, epoch {k // 12}: ")]
         assert f"tokens {tokens[0]}-" in line and f"-{tokens[-1]} " in line
         assert f"document {data.document_at(int(tokens[0]))} token {tokens[0] % 30}" in line
     with pytest.raises(DataError, match="--step is 0"):
-        call(explain, data.prefix, "--step", "0", *flags)
+        call(explain, "--data-path", data.prefix, "--step", "0", *flags)
 
 
 def test_explain_shows_both_ends_of_a_sample_that_wraps(corpus):
@@ -91,4 +91,4 @@ def test_explain_shows_both_ends_of_a_sample_that_wraps(corpus):
     expected = (
         "tokens 7-9 = document 1 token 1 to document 1 token 3, then tokens 0-6 = document 0 token 0 to document 1"
     )
-    assert explain.describe(dataset, epoch).startswith(f"sample {epoch}, epoch {epoch}: {expected}")
+    assert explain.describe(dataset, epoch).startswith(f"sample {epoch}: corpus, epoch {epoch}: {expected}")

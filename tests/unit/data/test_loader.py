@@ -3,7 +3,8 @@ import threading
 import numpy as np
 import pytest
 
-from megasp.data import GPTDataset, Loader, MockDataset
+from megasp.config.batch_schedule import BatchSchedule
+from megasp.data import DocumentRules, GPTDataset, Loader, MockDataset
 from megasp.errors import DataError
 from megasp.shard_map import ShardMap
 
@@ -15,7 +16,7 @@ MOCK = MockDataset(vocab_size=97, seq_length=16, seed=1)
 def loader(dataset=MOCK, ranges=WHOLE, dp_rank=0, dp_size=1, mbs=1, gbs=8, **options) -> Loader:
     options = {"vocab_size": 60000, **options}
     return Loader(
-        dataset, ranges, micro_batch_size=mbs, global_batch_size=gbs, dp_rank=dp_rank, dp_size=dp_size, **options
+        dataset, ranges, micro_batch_size=mbs, batch=BatchSchedule(gbs), dp_rank=dp_rank, dp_size=dp_size, **options
     )
 
 
@@ -81,7 +82,7 @@ def test_resumes_at_consumed_samples(prefetch):
 
 
 def test_loss_is_masked_where_the_input_ends_a_document():
-    with loader(eod=5) as data:
+    with loader(documents=DocumentRules(eod=5, mask_loss=True)) as data:
         for batch in data.step():
             np.testing.assert_array_equal(batch.loss_mask, batch.tokens != 5)
 
