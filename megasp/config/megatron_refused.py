@@ -235,14 +235,9 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
     ),
     # Data
     (
-        "GPT-2's two vocabulary files are read as one tokenizer.json: use --tokenizer-type HuggingFaceTokenizer and "
-        "--tokenizer-model tokenizer.json",
-        "--vocab-file --merge-file",
-    ),
-    (
-        "tokenizers are tokenizer.json files, bytes or plain numbers (--tokenizer-type), and never run code of their "
-        "own",
-        "--tokenizer-metadata --tiktoken-pattern --tiktoken-num-special-tokens --tiktoken-special-tokens "
+        "tokenizers are the files that --tokenizer-type names, and never run code of their own; TikTokenizer has "
+        "Megatron-LM's 1000 special tokens",
+        "--tokenizer-metadata --tiktoken-num-special-tokens --tiktoken-special-tokens "
         "--legacy-tokenizer --trust-remote-code",
     ),
     (

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from megasp.config.batch_schedule import BatchSchedule
 from megasp.config.flags import flag
 from megasp.config.layout import Layout
+from megasp.config.tokenizer_types import TIKTOKEN_PATTERNS, TOKENIZER_TYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,10 +142,13 @@ class DataConfig:
     )
     split: str = flag("969,30,1", "shares of the corpus for training, validation and test")
     mock_data: bool = flag(False, "synthetic tokens instead of a corpus")
-    tokenizer_type: str | None = flag(
-        None, "kind of tokenizer", choices=("HuggingFaceTokenizer", "ByteTokenizer", "NullTokenizer")
+    tokenizer_type: str | None = flag(None, "kind of tokenizer", choices=TOKENIZER_TYPES)
+    tokenizer_model: str | None = flag(
+        None, "tokenizer.json or a directory that holds one, SentencePiece .model, tiktoken vocabulary", metavar="PATH"
     )
-    tokenizer_model: str | None = flag(None, "tokenizer.json, or a directory that holds one", metavar="PATH")
+    vocab_file: str | None = flag(None, "GPT-2's vocab.json", metavar="PATH")
+    merge_file: str | None = flag(None, "GPT-2's merges.txt", metavar="PATH")
+    tiktoken_pattern: str = flag("v2", "how TikTokenizer splits text before the merges", choices=TIKTOKEN_PATTERNS)
     eod_mask_loss: bool = flag(False, "no loss where the input is the end-of-document token")
     reset_position_ids: bool = flag(False, "positions start anew with each document")
     reset_attention_mask: bool = flag(False, "tokens see no other document than their own")

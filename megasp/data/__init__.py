@@ -5,7 +5,7 @@ text files ──preprocess───────> PREFIX.bin, PREFIX.idx      (i
 IndexedDataset ──GPTDataset───> sample k ──Loader───> batches     (explain shows which)
 
 indexed_dataset, indexed_dataset_builder    Megatron-LM's .bin/.idx files, read and written
-tokenizer                                   text to ids and back
+tokenizer, vocabulary_tokenizers, fast_bpe  text to ids and back; tokenizer_options chooses
 text_files                                  documents in text and JSON lines
 sample_order                                the keyed order of samples, computed and never stored
 token_stream, gpt_dataset                   which tokens sample k reads
@@ -28,9 +28,9 @@ from megasp.data.tokenizer import (
     HuggingFaceTokenizer,
     NullTokenizer,
     Tokenizer,
-    TokenizerOptions,
-    build_tokenizer,
 )
+from megasp.data.tokenizer_options import TokenizerOptions, build_tokenizer
+from megasp.data.vocabulary_tokenizers import GPT2BPETokenizer, SentencePieceTokenizer, TikTokenizer
 
 __all__ = [
     "Batch",
@@ -39,6 +39,7 @@ __all__ = [
     "ByteTokenizer",
     "Dataset",
     "DocumentRules",
+    "GPT2BPETokenizer",
     "GPTDataset",
     "HuggingFaceTokenizer",
     "IndexedDataset",
@@ -49,6 +50,8 @@ __all__ = [
     "Position",
     "Sample",
     "SampleOrder",
+    "SentencePieceTokenizer",
+    "TikTokenizer",
     "TokenStream",
     "Tokenizer",
     "TokenizerOptions",

@@ -13,7 +13,7 @@ from megasp.data import phases
 from megasp.data.blend import BlendedDataset
 from megasp.data.gpt_dataset import GPTDataset
 from megasp.data.phases import Phase
-from megasp.data.tokenizer import TokenizerOptions
+from megasp.data.tokenizer_options import TokenizerOptions
 from megasp.errors import DataError
 
 SUBSETS = ("train", "valid", "test")

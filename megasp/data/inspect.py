@@ -7,7 +7,7 @@ import numpy as np
 from megasp import log
 from megasp.config.flags import REQUIRED, flag
 from megasp.data.indexed_dataset import IndexedDataset
-from megasp.data.tokenizer import TokenizerOptions
+from megasp.data.tokenizer_options import TokenizerOptions
 
 PREVIEW = 64  # tokens
 

@@ -24,7 +24,8 @@ from megasp.config.flags import REQUIRED, flag
 from megasp.data.indexed_dataset import best_dtype
 from megasp.data.indexed_dataset_builder import IndexedDatasetBuilder
 from megasp.data.text_files import Document, InputOptions, find_files, read_documents, texts_of
-from megasp.data.tokenizer import Tokenizer, TokenizerOptions
+from megasp.data.tokenizer import Tokenizer
+from megasp.data.tokenizer_options import TokenizerOptions
 from megasp.errors import DataError
 
 BATCH_BYTES = 1 << 20

@@ -8,7 +8,7 @@ from pathlib import Path
 from megasp import log
 from megasp.config.layout import Layout
 from megasp.config.schema import Config
-from megasp.data import Dataset, DocumentRules, Loader, MockDataset, Tokenizer, build_tokenizer
+from megasp.data import Dataset, DocumentRules, Loader, MockDataset, Tokenizer, TokenizerOptions
 from megasp.data.phases import Phase, first_phase
 from megasp.errors import ConfigError, DataError
 from megasp.parallel_state import ParallelState
@@ -31,7 +31,15 @@ def tokenizer_of(config: Config) -> Tokenizer | None:
     """The tokenizer that the configuration names, if it names one."""
     if config.data.tokenizer_type is None:
         return None
-    return build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model, config.model.vocab_size)
+    data = config.data
+    return TokenizerOptions(
+        tokenizer_type=data.tokenizer_type,
+        tokenizer_model=data.tokenizer_model,
+        vocab_file=data.vocab_file,
+        merge_file=data.merge_file,
+        tiktoken_pattern=data.tiktoken_pattern,
+        vocab_size=config.model.vocab_size,
+    ).build()
 
 
 def resolve(config: Config) -> Config:

@@ -49,7 +49,7 @@ step_changes = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(step_changes)
 def test_no_token_comes_twice_in_an_epoch_and_few_are_skipped(prefixes, changes):
     folder = prefixes[0][:-1]
@@ -106,9 +106,9 @@ def test_a_changed_corpus_is_refused_or_begins_an_epoch(prefixes, corpus, tmp_pa
     for path in tmp_path.glob("a.*"):
         path.unlink()
     corpus([1000, 50], "a")
-    with pytest.raises(DataError, match="in the run so far and is now .*--start-new-epoch"):
+    with pytest.raises(DataError, match=r"in the run so far and is now .*--start-new-epoch"):
         go_on(stored, wanted(prefixes[:1]), 5, 20, False)
-    with pytest.raises(DataError, match="has changed .*step 1 and those after it"):
+    with pytest.raises(DataError, match=r"has changed .*step 1 and those after it"):
         stored[0].dataset()
     later = go_on(stored, wanted(prefixes[:1]), 5, 20, True)
     assert later[-1].parts[0].position.epoch == 1 and later[-1].parts[0].tokens == 1050
