@@ -3,11 +3,11 @@
 `tokenizers` applies the rules of merging (left, right) in their order; `tiktoken` merges the neighbours whose
 concatenation has the lowest rank, whatever they are. Both give the same ids for every text if this holds:
 
-    for each token t of rank k with the rule (left, right): merging the bytes of t by ranks below k ends in [left, right]
+    merging the bytes of each token, of rank k and rule (left, right), by ranks below k alone ends in [left, right]
 
-For consider any moment at which tiktoken merges x, y into t. Nothing was merged across the ends of t before, and no
-pair of a lower rank is left, so what lies between them is what ranks below k make of the bytes of t alone: left and
-right. So tiktoken applies t's own rule, at t's own turn, always.
+For consider any moment at which tiktoken merges x, y into such a token t. Nothing was merged across the ends of t
+before, and no pair of a lower rank is left, so what lies between them is what ranks below k make of the bytes of t
+alone: left and right. So tiktoken applies t's own rule, at t's own turn, always.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Tokenizers: text to token ids and back. Each is a `Tokenizer`; `tokenizer_options` chooses by Megatron-LM's names."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,10 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, int64 [T]. DataError for text that the tokenizer has no ids for."""
+        ...
+
+    def last_cut(self, text: str) -> int:
+        """The last place at which a long text can be cut into two of which the ids are those of the whole; else 0."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str: ...
@@ -79,20 +83,43 @@ class HuggingFaceTokenizer:
         slow = iter(self._backend.encode_batch_fast(rest, add_special_tokens=False) if rest else ())
         return [np.array(next(slow).ids, np.int64) if ids is None else ids for ids in fast]
 
-    def can_split(self, text: str, at: int) -> bool:
-        """Whether the ids of `text` are those of its two sides, cut at `at`, one after the other.
+    def last_cut(self, text: str) -> int:
+        return last_cut_between_words(text, self._splits) if self._backend.normalizer is None else 0
 
-        Only where nothing but a pre-tokenizer comes before the merges, and it splits there with and without the rest.
-        """
+    def _splits(self, text: str, at: int) -> bool:
+        """Whether the pre-tokenizer splits at `at` with and without what lies behind, and the ids are the same."""
         split = self._backend.pre_tokenizer
-        if self._backend.normalizer is not None or split is None:
+        if split is None:
             return False
         left, right = (split.pre_tokenize_str(part) for part in (text[:at], text[at:]))
         shifted = [(piece, (start + at, stop + at)) for piece, (start, stop) in right]
-        return split.pre_tokenize_str(text) == [*left, *shifted]
+        return split.pre_tokenize_str(text) == [*left, *shifted] and same_ids(self, text, at)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(id) for id in ids], skip_special_tokens=False)
+
+
+def last_cut_between_words(text: str, splits: Callable[[str, int], bool], window: int = 200, tries: int = 50) -> int:
+    """The last place in `text` between a letter or digit and a blank before a letter, where `splits` agrees; else 0.
+
+    No pattern that splits text before the merges has a token across such a place, whatever stands around it; `splits`
+    is asked about a window of it, to be sure of this tokenizer.
+    """
+    for at in range(len(text) - 2, 0, -1):
+        if text[at] in " \n" and text[at - 1].isalnum() and text[at + 1].isalpha():
+            start = max(0, at - window)
+            if splits(text[start : at + window], at - start):
+                return at
+            tries -= 1
+            if not tries:
+                break
+    return 0
+
+
+def same_ids(tokenizer: Tokenizer, text: str, at: int) -> bool:
+    """Whether the ids of `text` are those of its two sides, cut at `at`, one after the other."""
+    whole, left, right = tokenizer.encode_batch([text, text[:at], text[at:]])
+    return np.array_equal(whole, np.concatenate([left, right]))
 
 
 def _eos_token(config: Path) -> list[str]:
@@ -113,6 +140,9 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int64) for text in texts]
 
+    def last_cut(self, text: str) -> int:
+        return len(text)
+
     def decode(self, ids: Iterable[int]) -> str:
         parts = bytes(int(id) for id in ids if id != self.eod)
         return parts.decode("utf-8", errors="replace")
@@ -131,6 +161,9 @@ class NullTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self._encode(text) for text in texts]
 
+    def last_cut(self, text: str) -> int:
+        return max(text.rfind(blank) for blank in " \n") + 1
+
     def _encode(self, text: str) -> np.ndarray:
         words = text.split()
         try:
@@ -141,6 +174,10 @@ class NullTokenizer:
             raise DataError(
                 f"{bad!r} is not a token id", "NullTokenizer reads white-space separated ids", fix
             ) from None
+        return self.checked(ids)
+
+    def checked(self, ids: np.ndarray) -> np.ndarray:
+        """The ids, all of them in the vocabulary."""
         outside = ids[(ids < 0) | (ids >= self.vocab_size)]
         if len(outside):
             rule = f"ids must lie in [0, {self.vocab_size})"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megasp.data.fast_bpe import GPT2_PATTERN
-from megasp.data.tokenizer import END_OF_TEXT, HuggingFaceTokenizer
+from megasp.data.tokenizer import END_OF_TEXT, HuggingFaceTokenizer, last_cut_between_words, same_ids
 from megasp.errors import DataError
 
 TIKTOKEN_PATTERNS = {
@@ -81,6 +81,9 @@ class SentencePieceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.array(ids, np.int64) for ids in self._model.encode(list(texts))]
 
+    def last_cut(self, text: str) -> int:
+        return 0  # its normalisation and its search for the best pieces know the whole text
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([int(id) for id in ids])
 
@@ -127,6 +130,9 @@ class TikTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64) for text in texts]
+
+    def last_cut(self, text: str) -> int:
+        return last_cut_between_words(text, lambda window, at: same_ids(self, window, at))
 
     def decode(self, ids: Iterable[int]) -> str:
         plain = [int(id) for id in ids if int(id) != self.eod and int(id) >= self._first]
