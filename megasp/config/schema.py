@@ -135,6 +135,12 @@ class DataConfig:
     multiple_validation_sets: bool = flag(
         False, "a validation loss of its own, under its file's name, for each prefix of --valid-data-path"
     )
+    data_order: str = flag(
+        "keyed",
+        "order of training samples; megatron is Megatron-LM's for the same seed, length, split and number of samples, "
+        "to finish a run that began there",
+        choices=("keyed", "megatron"),
+    )
     start_new_epoch: bool = flag(
         False,
         "on resuming, begin a new epoch of a corpus that changed, or of all with another --seq-length (without it the "

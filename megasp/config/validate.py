@@ -272,6 +272,8 @@ def _data(config: Config) -> None:
         if not names or len({*names, "test"}) <= len(names):
             rule = "each prefix of --valid-data-path is a set, and its file name the set's"
             raise ConfigError(f"--multiple-validation-sets with {names}", rule, "give prefixes of different names")
+    if data.data_order == "megatron" and data.mock_data:
+        raise ConfigError("--data-order megatron with --mock-data", "it orders corpora", "leave one out")
     if data.eod_starts_document and not (data.reset_position_ids or data.reset_attention_mask):
         raise ConfigError("--eod-starts-document", "nothing depends on documents", "add --reset-position-ids")
     if data.reset_attention_mask:

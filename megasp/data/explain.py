@@ -12,6 +12,7 @@ from megasp.config.flags import REQUIRED, flag
 from megasp.data import phases
 from megasp.data.blend import BlendedDataset
 from megasp.data.gpt_dataset import GPTDataset
+from megasp.data.megatron_order import MegatronBlend, MegatronDataset
 from megasp.data.phases import Phase
 from megasp.data.tokenizer_options import TokenizerOptions
 from megasp.errors import DataError
@@ -70,8 +71,8 @@ def _phase(options: Options) -> Phase:
     return stored[-1]
 
 
-def describe(dataset: BlendedDataset | GPTDataset, k: int) -> str:
-    """The dataset, the epoch, the token ranges and the documents of sample k, without the token after its end (the
+def describe(dataset: BlendedDataset | GPTDataset | MegatronDataset | MegatronBlend, k: int) -> str:
+    """The dataset, place in its order, token ranges and documents of sample k, without the token after its end (the
     last label)."""
     part, number = dataset.locate(k)
     corpus, ranges = part.corpus, []
@@ -79,4 +80,4 @@ def describe(dataset: BlendedDataset | GPTDataset, k: int) -> str:
         first, last = corpus.document_at(start), corpus.document_at(stop - 1)
         begin, end = start - corpus.document_range(first)[0], stop - corpus.document_range(last)[0]
         ranges.append(f"tokens {start}-{stop - 1} = document {first} token {begin} to document {last} token {end - 1}")
-    return f"sample {k}: {part.name}, epoch {part.position(number).epoch}: " + ", then ".join(ranges)
+    return f"sample {k}: {part.name}, {part.place(number)}: " + ", then ".join(ranges)

@@ -167,6 +167,10 @@ class GPTDataset:
         runs[-1] = (runs[-1][0], runs[-1][1] + 1)  # the last label
         return StreamSample(self.stream, tuple(runs))
 
+    def place(self, k: int) -> str:
+        """Where sample k stands in the order, in words."""
+        return f"epoch {self.position(k).epoch}"
+
     def locate(self, k: int) -> tuple["GPTDataset", int]:
         """The dataset that sample k comes from, and its number there."""
         return self, k

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from megasp.config.batch_schedule import BatchSchedule
+from megasp.data import megatron_order
 from megasp.data.blend import BlendedDataset, BlendOrder, parse_data_path, unique_names
 from megasp.data.gpt_dataset import GPTDataset, Position, split_ranges
 from megasp.data.indexed_dataset import IndexedDataset
+from megasp.data.megatron_order import MegatronBlend, MegatronDataset
 from megasp.errors import DataError
 
 
@@ -30,7 +32,7 @@ class Part:
     """One dataset of a phase.
 
     Attributes:
-        weight: share of the samples, an exact fraction as text.
+        weight: share of the samples, an exact fraction as text; "" in Megatron-LM's order where none was given.
         fingerprint: of its corpus and split (`GPTDataset.fingerprint`).
         tokens: of its split.
         position: where the phase begins to read it.
@@ -46,7 +48,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Phase:
-    """What samples are made of from `step` (steps finished before) and `sample` (samples consumed before) on."""
+    """What samples are made of from `step` (steps finished before) and `sample` (samples consumed before) on.
+
+    Attributes:
+        megatron_samples: in Megatron-LM's order, how many samples the run asks for; 0 in the keyed order.
+    """
 
     step: int
     sample: int
@@ -55,13 +61,14 @@ class Phase:
     seed: int
     batch: BatchSchedule
     parts: tuple[Part, ...]
+    megatron_samples: int = 0
 
     def first_sample(self, step: int) -> int:
         """The first sample of the step after `step` finished ones."""
         return self.batch.advance(self.sample, step - self.step)
 
-    def dataset(self, subset: int = 0) -> BlendedDataset:
-        """The samples of this phase.
+    def dataset(self, subset: int = 0) -> BlendedDataset | MegatronDataset | MegatronBlend:
+        """The samples of this phase; held-out ones always in the keyed order.
 
         Args:
             subset: 0 training; 1 validation and 2 test, which always begin at their first sample.
@@ -69,16 +76,20 @@ class Phase:
         Raises:
             DataError: a corpus is gone, or is no longer what it was.
         """
-        datasets = []
+        datasets, corpora = [], []
         for part in self.parts:
             corpus = IndexedDataset(part.prefix)
             ranges = split_ranges(self.split, len(corpus))
+            corpora.append((corpus, ranges[subset]))
             start = part.position if subset == 0 else None
             datasets.append(GPTDataset(corpus, ranges[subset], self.seq_length, self.seed, part.name, start))
             if subset == 0 and datasets[-1].fingerprint() != part.fingerprint:
                 rule = f"step {self.step + 1} and those after it were taken from it as it was ({part.fingerprint})"
                 raise DataError(f"{part.prefix} has changed ({datasets[-1].fingerprint()})", rule, "restore it")
-        weights = [Fraction(part.weight) for part in self.parts]
+        if self.megatron_samples and subset == 0:
+            shares = [float(Fraction(part.weight)) for part in self.parts if part.weight]
+            return megatron_order.blend(corpora, shares or None, self.seq_length, self.seed, self.megatron_samples)
+        weights = [Fraction(part.weight or part.tokens) for part in self.parts]
         return BlendedDataset(datasets, weights, self.sample if subset == 0 else 0)
 
     def positions(self, samples: int) -> dict[str, Position]:
@@ -90,7 +101,9 @@ class Phase:
         }
 
 
-def first_phase(data_path: Sequence[str], split: str, seq_length: int, seed: int, batch: BatchSchedule) -> Phase:
+def first_phase(
+    data_path: Sequence[str], split: str, seq_length: int, seed: int, batch: BatchSchedule, megatron_samples: int = 0
+) -> Phase:
     """The phase that flags describe, at the beginning of all datasets. Without weights, datasets are mixed in
     proportion to their tokens. An empty `data_path` stands for synthetic data.
 
@@ -104,8 +117,9 @@ def first_phase(data_path: Sequence[str], split: str, seq_length: int, seed: int
         dataset = GPTDataset(corpus, split_ranges(split, len(corpus))[0], seq_length, seed, name)
         tokens = len(dataset.stream)
         position = Position(0, seq_length, 0)
-        parts.append(Part(name, prefix, str(weight or Fraction(tokens)), dataset.fingerprint(), tokens, position))
-    return Phase(0, 0, seq_length, split, seed, batch, tuple(parts))
+        share = str(weight or "") if megatron_samples else str(weight or tokens)
+        parts.append(Part(name, prefix, share, dataset.fingerprint(), tokens, position))
+    return Phase(0, 0, seq_length, split, seed, batch, tuple(parts), megatron_samples)
 
 
 def go_on(stored: Sequence[Phase], wanted: Phase, step: int, samples: int, new_epoch: bool) -> tuple[Phase, ...]:
@@ -117,13 +131,19 @@ def go_on(stored: Sequence[Phase], wanted: Phase, step: int, samples: int, new_e
         new_epoch: datasets whose corpus or sequence length changed begin a new epoch (`--start-new-epoch`).
 
     Raises:
-        DataError: a corpus has changed, and `new_epoch` was not asked for.
+        DataError: a corpus has changed, and `new_epoch` was not asked for; or anything in Megatron-LM's order has.
     """
     if not stored:
         return (wanted,)
     last = stored[-1]
     if _same_data(last, wanted) and last.batch == wanted.batch:
         return tuple(stored)
+    if last.megatron_samples or wanted.megatron_samples:
+        if not _same_data(last, wanted):
+            rule = "Megatron-LM's order depends on the corpora, weights, length, seed, split and number of samples"
+            fix = "use the flags of the run that began, or --finetune --data-order keyed to begin another"
+            raise DataError("--data-order megatron with other data than the run so far", rule, fix)
+        return (*stored, dataclasses.replace(wanted, step=step, sample=samples))
     past = _positions(stored, samples)
     parts = []
     for part in wanted.parts:
@@ -144,8 +164,9 @@ def go_on(stored: Sequence[Phase], wanted: Phase, step: int, samples: int, new_e
 
 def _same_data(last: Phase, wanted: Phase) -> bool:
     def facts(phase: Phase) -> tuple[Any, ...]:
-        parts = [(part.name, Fraction(part.weight), part.fingerprint) for part in phase.parts]
-        return phase.seq_length, phase.seed, phase.split if parts else "", sorted(parts)
+        parts = [(part.name, part.weight, part.fingerprint) for part in phase.parts]
+        order = parts if phase.megatron_samples else sorted(parts)
+        return phase.seq_length, phase.seed, phase.split if parts else "", phase.megatron_samples, order
 
     return facts(last) == facts(wanted)
 
@@ -163,8 +184,11 @@ def _positions(stored: Sequence[Phase], samples: int) -> dict[str, tuple[Part, P
 def describe(phase: Phase) -> list[str]:
     """What a phase reads, in words: a line for it, and one for each dataset in the middle of an epoch."""
     batch = "-".join(map(str, sorted({phase.batch.sizes()[0], phase.batch.final})))
-    total = sum(Fraction(part.weight) for part in phase.parts)
-    blend = " + ".join(f"{float(Fraction(part.weight) / total):.4g} {part.name}" for part in phase.parts)
+    shares = [Fraction(part.weight or part.tokens) for part in phase.parts]
+    parts = zip(shares, phase.parts, strict=True)
+    blend = " + ".join(f"{float(share / sum(shares)):.4g} {part.name}" for share, part in parts)
+    if phase.megatron_samples:
+        blend += f", in Megatron-LM's order of {phase.megatron_samples:,} samples"
     lines = [f"from step {phase.step + 1}: {batch} samples a step, {phase.seq_length} tokens each, {blend or 'mock'}"]
     for part in phase.parts:
         position, rest = part.position, part.position.finishing(phase.seq_length, part.tokens)

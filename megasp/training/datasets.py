@@ -63,7 +63,10 @@ def phase_of(config: Config, layout: Layout) -> Phase:
     """What the training samples of this configuration are made of, from the beginning of the corpora."""
     data, training = config.data, config.training
     path, split = (data.train_data_path, "1") if data.train_data_path else (data.data_path, data.split)
-    return first_phase(path, split, training.seq_length, training.seed, config.batch_schedule(layout))
+    batch = config.batch_schedule(layout)
+    samples = training.train_samples or batch.advance(0, training.train_iters or 0)
+    megatron = samples if data.data_order == "megatron" else 0
+    return first_phase(path, split, training.seq_length, training.seed, batch, megatron)
 
 
 def build_datasets(config: Config, phase: Phase) -> Datasets:
