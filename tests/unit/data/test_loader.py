@@ -139,7 +139,7 @@ def test_documents_restart_positions_and_are_told_of_the_whole_sample(corpus, ra
 
 
 def test_end_of_document_tokens_begin_documents_by_flag(corpus):
-    dataset = GPTDataset(corpus([40]), (0, 1), 16, seed=0)
+    dataset = GPTDataset(corpus([400]), (0, 1), 16, seed=0)
     eod = int(dataset.sample(0).tokens(3, 4)[0])
     for split_at_eod, expected in ((False, [0]), (True, [0, 4])):
         rules = DocumentRules(eod=eod, reset_attention=True, split_at_eod=split_at_eod)
