@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megasp.data.gpt_dataset import GPTDataset, dataset_name
-from megasp.data.token_stream import StreamSample
+from megasp.data.token_stream import CorpusSample
 from megasp.errors import DataError
 
 _DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
@@ -113,7 +113,7 @@ class BlendedDataset:
         dataset, number = self.order(k - self.first_sample)
         return self.datasets[dataset], number
 
-    def sample(self, k: int) -> StreamSample:
+    def sample(self, k: int) -> CorpusSample:
         """Sample k, for any k >= first_sample."""
         dataset, number = self.locate(k)
         return dataset.sample(number)
@@ -126,9 +126,6 @@ class BlendedDataset:
             f"{(stop - start) / dataset.samples_per_epoch:.2f} epochs"
             for dataset, (start, stop) in zip(self.datasets, counts, strict=True)
         ]
-
-    def fingerprint(self) -> str:
-        return " ".join(dataset.fingerprint() for dataset in self.datasets)
 
 
 def parse_data_path(entries: Sequence[str], flag: str = "--data-path") -> list[tuple[Fraction | None, str]]:

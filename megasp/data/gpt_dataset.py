@@ -20,7 +20,7 @@ import numpy as np
 
 from megasp.data.indexed_dataset import IndexedDataset
 from megasp.data.sample_order import SampleOrder
-from megasp.data.token_stream import StreamSample, TokenStream
+from megasp.data.token_stream import CorpusSample, TokenStream
 from megasp.errors import DataError
 
 
@@ -48,10 +48,6 @@ class Dataset(Protocol):
 
     def sample(self, k: int) -> Sample:
         """Sample k, for any k >= 0."""
-        ...
-
-    def fingerprint(self) -> str:
-        """An id of the tokens that samples are cut from (not of how: seed and seq_length are the caller's)."""
         ...
 
 
@@ -155,17 +151,18 @@ class GPTDataset:
         """How far the dataset has been read before sample k."""
         return self.start.advance(k, self.seq_length, len(self.stream))
 
-    def sample(self, k: int) -> StreamSample:
+    def sample(self, k: int) -> CorpusSample:
         """Sample k, for any k >= 0."""
         position = self.position(k)
-        order, runs, offset = self.order(position.epoch, position.slot), [], position.offset
-        while offset < position.offset + self.seq_length:
+        order, offset = self.order(position.epoch, position.slot), position.offset
+        first, stop, ranges = order.start(len(self.stream)), offset + self.seq_length, []
+        while offset < stop:
             slot, skipped = divmod(offset, position.slot)
-            count = min(position.slot - skipped, position.offset + self.seq_length - offset)
-            runs.append((order.start(len(self.stream)) + order(slot) * position.slot + skipped, count))
+            count = min(position.slot - skipped, stop - offset)
             offset += count
-        runs[-1] = (runs[-1][0], runs[-1][1] + 1)  # the last label
-        return StreamSample(self.stream, tuple(runs))
+            label = offset == stop  # the last label is the token after the end
+            ranges += self.stream.pieces(first + order(slot) * position.slot + skipped, count + label)
+        return CorpusSample(self.corpus, tuple(ranges))
 
     def place(self, k: int) -> str:
         """Where sample k stands in the order, in words."""
@@ -200,9 +197,6 @@ class MockDataset:
         key = hashlib.blake2b(f"{self.seed},{k}".encode(), digest_size=16).digest()
         first, step = int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little")
         return MockSample(first % self.vocab_size, 1 + step % 8, self.vocab_size)
-
-    def fingerprint(self) -> str:
-        return f"mock:{self.vocab_size}"
 
 
 @dataclass(frozen=True)

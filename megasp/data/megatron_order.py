@@ -8,51 +8,19 @@ mid-run: the order is there to finish what was begun, and `--data-order keyed` h
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from megasp.data.indexed_dataset import IndexedDataset
-from megasp.data.token_stream import starts_of_pieces
+from megasp.data.token_stream import CorpusSample
 from megasp.errors import DataError
 
 SURPLUS = 0.005
 """Share of samples that megatron-core builds beyond what a blend takes of each dataset (mid_level_dataset_surplus)."""
 FINAL_EPOCH = 0.80
 """A last epoch of which less than this share is needed is shuffled by itself, so that the ones before it are whole."""
-
-
-@dataclass(frozen=True)
-class MegatronSample:
-    """The ranges [start, stop) of the corpus that a sample is put together of, its last label included."""
-
-    corpus: IndexedDataset
-    ranges: tuple[tuple[int, int], ...]
-
-    def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the sample; nothing else is read."""
-        parts = [self.corpus.tokens(*piece) for piece in self.pieces(start, stop)]
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.corpus.dtype), *parts])
-
-    def pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Where those tokens lie in the corpus: ranges [start, stop)."""
-        found, column = [], 0
-        for first, last in self.ranges:
-            begin, end = max(start - column, 0) + first, min(stop - column + first, last)
-            if begin < end:
-                found.append((begin, end))
-            column += last - first
-        return found
-
-    def document_starts(self, length: int) -> np.ndarray:
-        """The positions in [0, length) at which a document begins, or the text does not go on; int64, ascending."""
-        return starts_of_pieces(self.corpus, self.pieces(0, length))
-
-    def place(self, position: int) -> str:
-        [(token, _)] = self.pieces(position, position + 1)
-        return f"document {self.corpus.document_at(token)} of {self.corpus.prefix}, token {token}"
 
 
 class MegatronDataset:
@@ -105,7 +73,7 @@ class MegatronDataset:
         """The dataset that sample k comes from, and its number there."""
         return self, k
 
-    def sample(self, k: int) -> MegatronSample:
+    def sample(self, k: int) -> CorpusSample:
         """Sample k, for 0 <= k < len(self)."""
         if not 0 <= k < len(self):
             rule = f"Megatron-LM's order of {self.name} ends after {len(self)}"
@@ -119,10 +87,7 @@ class MegatronDataset:
             stop = min(self.corpus.sequence_token(document) + int(self.corpus.sequence_lengths[document]), first + left)
             ranges.append((first, stop))
             position, left, i = position + stop - first, left - (stop - first), i + 1
-        return MegatronSample(self.corpus, tuple(ranges))
-
-    def fingerprint(self) -> str:
-        return self.corpus.fingerprint()
+        return CorpusSample(self.corpus, tuple(ranges))
 
 
 def _shuffled(values: np.ndarray, random: np.random.RandomState) -> np.ndarray:
@@ -160,13 +125,10 @@ class MegatronBlend:
             raise DataError(f"sample {k}", rule, "use the --train-iters (or --train-samples) of the run that began")
         return self.datasets[self._dataset[k]], int(self._number[k])
 
-    def sample(self, k: int) -> MegatronSample:
+    def sample(self, k: int) -> CorpusSample:
         """Sample k, for 0 <= k < len(self)."""
         dataset, number = self.locate(k)
         return dataset.sample(number)
-
-    def fingerprint(self) -> str:
-        return " ".join(dataset.fingerprint() for dataset in self.datasets)
 
 
 def blend(

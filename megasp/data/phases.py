@@ -137,7 +137,9 @@ def go_on(stored: Sequence[Phase], wanted: Phase, step: int, samples: int, new_e
         return (wanted,)
     last = stored[-1]
     if _same_data(last, wanted) and last.batch == wanted.batch:
-        return tuple(stored)
+        prefixes = {part.name: part.prefix for part in wanted.parts}  # files may have moved
+        moved = tuple(dataclasses.replace(part, prefix=prefixes[part.name]) for part in last.parts)
+        return (*stored[:-1], dataclasses.replace(last, parts=moved))
     if last.megatron_samples or wanted.megatron_samples:
         if not _same_data(last, wanted):
             rule = "Megatron-LM's order depends on the corpora, weights, length, seed, split and number of samples"

@@ -88,6 +88,15 @@ def test_nothing_changed_is_no_phase(prefixes, tmp_path):
     assert go_on(stored, wanted([*reversed(prefixes)]), 5, 20, False) == stored  # listed in another order
 
 
+def test_a_corpus_may_move(prefixes, tmp_path):
+    stored = go_on((), wanted(prefixes[:1]), 0, 0, False)
+    (tmp_path / "elsewhere").mkdir()
+    for ending in ("bin", "idx"):
+        (tmp_path / f"a.{ending}").rename(tmp_path / "elsewhere" / f"a.{ending}")
+    moved = go_on(stored, wanted([str(tmp_path / "elsewhere" / "a")]), 5, 20, False)
+    assert len(moved) == 1 and read(moved, 30)
+
+
 def test_a_longer_sample_is_put_together_of_slots_or_begins_an_epoch(prefixes):
     first = go_on((), wanted(prefixes[:1], 10), 0, 0, False)
     finish = go_on(first, wanted(prefixes[:1], 20), 5, 20, False)[-1]
@@ -98,7 +107,7 @@ def test_a_longer_sample_is_put_together_of_slots_or_begins_an_epoch(prefixes):
     assert sample.document_starts(20).tolist()[:2] == [0, 10]  # the text does not go on there
     assert "pieces of 10 tokens" in phases.describe(finish)[1]
     anew = go_on(first, wanted(prefixes[:1], 20), 5, 20, new_epoch=True)[-1]
-    assert anew.parts[0].position.epoch == 1 and len(anew.dataset().sample(20).runs) == 1
+    assert anew.parts[0].position.epoch == 1 and len(anew.dataset().sample(20).ranges) == 1
 
 
 def test_a_changed_corpus_is_refused_or_begins_an_epoch(prefixes, corpus, tmp_path):
