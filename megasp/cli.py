@@ -5,6 +5,7 @@ It has either `Options` (a dataclass whose fields are the flags) and `run(option
 command takes all the flags of a run; both return the exit status.
 """
 
+import argparse
 import importlib
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ COMMANDS = {
     "data explain": ("megasp.data.explain", "which documents and tokens a training step reads"),
     "pretrain": ("megasp.training.pretrain", "train a model (under torchrun: pretrain_gpt.py)"),
     "verify": ("megasp.verify", "show that layouts train exactly as one process does"),
+    "schedule": ("megasp.pipeline.show", "draw a pipeline schedule, with its bubble, memory and messages"),
     "convert to-hf": ("megasp.checkpoints.convert", "a checkpoint as a Hugging Face model"),
     "generate": ("megasp.generate", "sample text from a checkpoint"),
     "doctor": ("megasp.doctor", "what this machine has, and what is wrong with it"),
@@ -35,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(argv)
     except UserError as error:
-        print(f"megasp: {error}", file=sys.stderr)
+        # All ranks read the same configuration: one of them says what is wrong with it.
+        if log.rank() == 0 or not isinstance(error, ConfigError):
+            print(f"megasp: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        pass
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
@@ -43,8 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"megasp: {error.filename or 'a file'}: {error.strerror}; check the path, its rights and the disk.",
             file=sys.stderr,
         )
-    except BrokenPipeError:
-        pass
     except KeyboardInterrupt:
         print("megasp: interrupted", file=sys.stderr)
         return 130
@@ -64,9 +68,7 @@ def _run(argv: Sequence[str]) -> int:
             return _run_command(command, argv[words:])
     parts = [name for name in COMMANDS if name.startswith(argv[0] + " ")]
     if parts:
-        raise ConfigError(
-            f"megasp {' '.join(argv[:2])}", "it needs the rest of its name", f"write megasp {' or megasp '.join(parts)}"
-        )
+        raise ConfigError(f"megasp {argv[0]}", "it is not a whole command", f"write megasp {' or megasp '.join(parts)}")
     raise ConfigError(f"unknown command {argv[0]}", f"the commands are {', '.join(COMMANDS)}", "see megasp --help")
 
 
@@ -75,7 +77,11 @@ def _run_command(command: str, argv: Sequence[str]) -> int:
     prog = f"megasp {command}"
     if hasattr(module, "main"):
         return int(module.main(argv, prog))
-    parser = flags.Parser(prog=prog, description=(module.__doc__ or "").strip())
+    parser = flags.Parser(
+        prog=prog,
+        description=(module.__doc__ or "").strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     return int(module.run(flags.parse(module.Options, parser, argv)))
 
 

@@ -9,7 +9,7 @@
 
 Gathers and scatters work on dim 0. Over an axis of one rank everything is the identity and nothing is counted.
 Every call adds to `axis.traffic`: what leaves this rank, by the algorithm-free count (all-to-all and reduce-scatter
-(w-1)/w of the input, all-gather (w-1) times the input, all-reduce 2 (w-1)/w).
+(w-1)/w of the input, all-gather (w-1) times the input, all-reduce 2 (w-1)/w; a message to one rank its size).
 """
 
 from collections.abc import Callable
@@ -39,6 +39,10 @@ class Pending:
         if self._finish is not None:
             self._result, self._finish = self._finish(self._result), None
         return self._result
+
+    def done(self) -> bool:
+        """Whether the transfer is over, without waiting."""
+        return self._work is None or bool(self._work.is_completed())
 
 
 def start_all_gather(x: Tensor, axis: Axis) -> Pending:
@@ -82,14 +86,56 @@ def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
     return Pending(x, dist.all_reduce(x, group=axis.group, async_op=True))
 
 
-def start_all_to_all(x: Tensor, axis: Axis) -> Pending:
-    """[size * n, ...] -> [size * n, ...]: block r goes to rank r, block r comes from rank r."""
+def start_all_to_all(x: Tensor, axis: Axis, sizes: tuple[list[int], list[int]] | None = None) -> Pending:
+    """[size * n, ...] -> [size * n, ...]: block r goes to rank r, block r comes from rank r.
+
+    Args:
+        sizes: rows of dim 0 that go to each rank and that come from each; all equal without it.
+    """
     if axis.size == 1:
         return Pending(x)
     x = x.contiguous()
-    axis.traffic.add("all_to_all", x.nbytes * (axis.size - 1) // axis.size)
-    out = torch.empty_like(x)
-    return Pending(out, dist.all_to_all_single(out, x, group=axis.group, async_op=True))
+    sent, received = sizes or (None, None)
+    own = sent[axis.rank] if sent else x.shape[0] // axis.size
+    axis.traffic.add("all_to_all", x.nbytes // x.shape[0] * (x.shape[0] - own))
+    out = x.new_empty((sum(received) if received else x.shape[0], *x.shape[1:]))
+    return Pending(out, dist.all_to_all_single(out, x, received, sent, group=axis.group, async_op=True))
+
+
+class PendingExchange:
+    """Messages on their way; `wait()` returns when all have been sent and received."""
+
+    def __init__(self, works: list[Any]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
+def start_exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], axis: Axis) -> PendingExchange:
+    """Messages between single ranks of the axis: (contiguous tensor, rank on the axis) each.
+
+    Two ranks must list what passes between them in the same order. Where there is nothing, no call is made.
+    """
+    for tensor, _ in sends:
+        axis.traffic.add("send", tensor.nbytes)
+    # A rank that only receives must not post before one that only sends: one batch, both directions (NCCL's rule).
+    operations = [dist.P2POp(dist.isend, tensor, group=axis.group, group_peer=peer) for tensor, peer in sends]
+    operations += [dist.P2POp(dist.irecv, tensor, group=axis.group, group_peer=peer) for tensor, peer in receives]
+    return PendingExchange(dist.batch_isend_irecv(operations) if operations else [])
+
+
+def start_send(x: Tensor, link: Axis) -> Pending:
+    """To the other rank of a link of two. `x` must stay as it is until the send is done."""
+    x = x.contiguous()
+    link.traffic.add("send", x.nbytes)
+    return Pending(x, dist.isend(x, group=link.group, group_dst=1 - link.rank))
+
+
+def start_receive(buffer: Tensor, link: Axis) -> Pending:
+    """From the other rank of a link of two, into `buffer`. Messages of a link come in the order of sending."""
+    return Pending(buffer, dist.irecv(buffer, group=link.group, group_src=1 - link.rank))
 
 
 def all_reduce_(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:

@@ -35,6 +35,13 @@ class Traffic:
         self.calls[operation] = self.calls.get(operation, 0) + 1
         self.bytes_sent[operation] = self.bytes_sent.get(operation, 0) + bytes_sent
 
+    def add_all(self, other: "Traffic", times: int = 1) -> None:
+        """Add everything of `other`, `times` times."""
+        for operation, calls in other.calls.items():
+            self.calls[operation] = self.calls.get(operation, 0) + times * calls
+            sent = self.bytes_sent.get(operation, 0) + times * other.bytes_sent[operation]
+            self.bytes_sent[operation] = sent
+
     @property
     def total_calls(self) -> int:
         return sum(self.calls.values())
@@ -65,18 +72,24 @@ class Axis:
 @dataclass(frozen=True)
 class ParallelState:
     """Every group of this rank. Axes: tp, ulysses, ring, dp_inner, dp_outer, pp; unions: cp, dp, dp_cp,
-    dp_outer_dp_cp (ranks over which gradients are summed), pp_tp (ranks that split one replica of the model)."""
+    dp_outer_dp_cp (ranks over which gradients are summed), pp_tp (ranks that split one replica of the model); ends
+    (the first and the last pipeline rank, which share a tied embedding).
+
+    `links` are for messages between neighbours on pp: (from, to) -> an axis of those two ranks, for each direction one.
+    A rank only sends on one link or only receives, so a receive that is posted early holds nothing else up.
+    """
 
     layout: Layout
     rank: int
     device: torch.device
     axes: dict[str, Axis]
     mesh: DeviceMesh | None = None
+    links: dict[tuple[int, int], Axis] = field(default_factory=dict)
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> "ParallelState":
         """The state of one process without process groups."""
-        axes = {name: Axis(name) for name in (*AXES, *UNIONS)}
+        axes = {name: Axis(name) for name in (*AXES, *UNIONS, "ends")}
         return cls(Layout(), 0, torch.device(device), axes)
 
     @property
@@ -114,6 +127,11 @@ class ParallelState:
     def model(self) -> Axis:
         """Ranks that together hold one replica of the model: pp x tp."""
         return self.axes["pp_tp"]
+
+    @property
+    def ends(self) -> Axis:
+        """The first and the last pipeline rank; one rank elsewhere."""
+        return self.axes["ends"]
 
 
 _STATE: ParallelState | None = None
@@ -178,7 +196,11 @@ def build(layout: Layout, device: torch.device) -> ParallelState:
     for union, parts in UNIONS.items():
         # The mesh that `_flatten` returns is kept: looking it up by name is deprecated.
         axes[union] = _axis(union, mesh[parts]._flatten(union), layout.group(parts, rank).index(rank))
-    return ParallelState(layout, rank, device, axes, mesh)
+    axes["ends"] = _pair(layout, "ends", (0, layout.pp - 1), Traffic()) or Axis("ends")
+    neighbours = {(a, b % layout.pp) for a in range(layout.pp) for b in (a - 1, a + 1)}
+    # What is sent counts as traffic of pp.
+    links = {pair: _pair(layout, "pp", pair, axes["pp"].traffic) for pair in sorted(neighbours)}
+    return ParallelState(layout, rank, device, axes, mesh, {pair: axis for pair, axis in links.items() if axis})
 
 
 def _axis(name: str, mesh: DeviceMesh, rank: int) -> Axis:
@@ -186,6 +208,15 @@ def _axis(name: str, mesh: DeviceMesh, rank: int) -> Axis:
         return Axis(name)
     assert mesh.get_local_rank() == rank, (name, mesh, rank)
     return Axis(name, mesh.size(), rank, mesh.get_group())
+
+
+def _pair(layout: Layout, name: str, pair: tuple[int, int], traffic: Traffic) -> Axis | None:
+    """An axis of two ranks of each pipeline, by their index on pp; None on ranks that are not of them."""
+    if pair[0] == pair[1]:
+        return None
+    pipelines = [layout.group(("pp",), rank) for rank in range(layout.world_size // layout.pp)]
+    group, _ = dist.new_subgroups_by_enumeration([sorted(ranks[at] for at in pair) for ranks in pipelines])
+    return Axis(name, 2, dist.get_rank(group), group, traffic) if group is not None else None
 
 
 def initialize_model_parallel(

@@ -54,7 +54,7 @@ class Piece:
         name: canonical name.
         shape: the canonical tensor's global shape.
         box: which part of it.
-        replica: this rank's place among the tensor-parallel ranks that hold the same box; 0 owns it.
+        replica: this rank's place among the ranks of one model replica that hold the same box; 0 owns it.
         replicas: how many hold it.
         partial: each replica's gradient is only a share of the gradient; they are summed over the replicas.
         init_std: standard deviation of its initial values; 0 for constants.

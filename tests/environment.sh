@@ -13,7 +13,7 @@ ensure_environment() {
     wanted="$(cat pyproject.toml constraints.txt | cksum)"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "installing megasp and its '$1' dependencies (constraints.txt)"
-        # torch first, by its exact version: an open range would pull gigabytes of CUDA packages onto a CPU machine.
+        # torch first and by its exact version, so that no other package's requirement chooses which build comes.
         "$PYTHON" -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
         "$PYTHON" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$1]"
         echo "$wanted" > "$stamp"

@@ -66,6 +66,7 @@ def _llama_model(reader: CheckpointReader) -> ModelConfig:
         (model.swiglu, "an MLP without --swiglu", "a SwiGLU MLP"),
         (model.qkv_bias == model.add_bias_linear, "--add-qkv-bias", "biases in all linear layers or none"),
         (not model.qk_layernorm, "--qk-layernorm", "no norm of queries and keys"),
+        (model.window_size is None, f"--window-size {model.window_size}", "attention without a window"),
     )
     for fits, got, rule in rules:
         if not fits:

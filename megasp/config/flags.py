@@ -70,16 +70,21 @@ def _argument(field: dataclasses.Field[Any], hint: Any, required: bool) -> dict[
     """argparse's keywords for one field; SUPPRESS tells a flag that was given from one that was not."""
     default = field.default
     help_text = field.metadata["help"].replace("%", "%%")
-    shown = [item for item in ([] if default is None or default is REQUIRED else [default]) if item != ()]
+    absent = default in (None, REQUIRED, (), "") or (default == 0 and isinstance(default, int))
+    shown = "" if absent else default
+    shown = " ".join(map(str, shown)) if isinstance(shown, tuple) else str(shown)
     arguments: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
     if hint is bool:
         arguments["action"] = "store_false" if field.metadata["off"] else "store_true"
         arguments["help"] = ("switch off: " if field.metadata["off"] else "") + help_text
         return arguments
-    arguments["help"] = help_text + "".join(f" (default: {item})" for item in shown)
+    arguments["help"] = help_text + (f" (default: {shown})" if shown else "")
     item_type = _item_type(hint)
     if typing.get_origin(_optional(hint) or hint) is tuple:
-        arguments |= {"nargs": "+", "action": "extend"}  # `--x a b` and `--x a --x b` say the same
+        arguments |= {
+            "nargs": "*" if _may_be_empty(field) else "+",
+            "action": "extend",
+        }  # `--x a b` and `--x a --x b` say the same
     arguments["type"] = item_type
     arguments["choices"] = field.metadata["choices"]
     arguments["metavar"] = field.metadata["metavar"] or (None if field.metadata["choices"] else _metavar(item_type))
@@ -88,6 +93,11 @@ def _argument(field: dataclasses.Field[Any], hint: Any, required: bool) -> dict[
     else:
         del arguments["dest"]  # argparse names a positional argument by itself
     return arguments
+
+
+def _may_be_empty(field: dataclasses.Field[Any]) -> bool:
+    """Whether it is a list of positional arguments with a default."""
+    return not option_string(field).startswith("-") and field.default is not REQUIRED
 
 
 def _metavar(item_type: type) -> str:
@@ -133,7 +143,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> typing.NoReturn:
-        raise ConfigError(message, f"the command was {self.prog}", f"see `{self.prog} --help`")
+        raise ConfigError(message, "flags and values must be as --help says", f"see `{self.prog} --help`")
 
 
 def read_yaml(path: Path, groups: Sequence[type], refused: Mapping[str, str] | None = None) -> dict[str, Any]:

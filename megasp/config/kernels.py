@@ -15,12 +15,14 @@ class KernelFacts:
         devices: device types that have it -> dtypes that it takes there.
         dropout: whether it can drop attention probabilities (with our layout-independent masks).
         max_head_dim: largest head on a GPU, a multiple of 8.
+        module: the optional Python module that it is in.
     """
 
     description: str
     devices: dict[str, tuple[str, ...]]
     dropout: bool = False
     max_head_dim: int = 1 << 30
+    module: str | None = None
 
     def refusal(self, device: str, dtype: str, dropout: float, head_dim: int) -> str | None:
         """Why it cannot serve this, or None when it can."""
@@ -44,12 +46,24 @@ ATTENTION_KERNELS = {
         {"cuda": ("bfloat16", "float16"), "cpu": _ALL},
         max_head_dim=256,
     ),
+    "flash-attn-2": KernelFacts(
+        "the flash-attn package, 2.7 or later",
+        {"cuda": ("bfloat16", "float16")},
+        max_head_dim=256,
+        module="flash_attn",
+    ),
+    "flash-attn-3": KernelFacts(
+        "the flash-attn-3 package for Hopper GPUs",
+        {"cuda": ("bfloat16", "float16")},
+        max_head_dim=256,
+        module="flash_attn_interface",
+    ),
     "unfused": KernelFacts("the exact mathematics, the reference", {"cuda": _ALL, "cpu": _ALL}, dropout=True),
 }
 """By the names of --attention-backend."""
 
 PREFERENCE = ("flash", "fused", "unfused")
-"""The order in which `auto` tries them."""
+"""The order in which `auto` tries them; optional packages are used where they are named."""
 
 
 def choose_kernel(backend: str, device: str, dtype: str, dropout: float, head_dim: int) -> tuple[str | None, str]:

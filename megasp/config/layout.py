@@ -122,7 +122,6 @@ class Layout:
 
     def describe(self) -> str:
         """One line for a person: `8 ranks = tensor 2 x pipeline 1 x Ulysses 2 x ring 1 x data 2`."""
-        return (
-            f"{self.world_size} ranks = tensor {self.tp} x pipeline {self.pp} x Ulysses {self.ulysses} "
-            f"x ring {self.ring} x data {self.dp}"
-        )
+        ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
+        sequence = f"Ulysses {self.ulysses} x ring {self.ring}"
+        return f"{ranks} = tensor {self.tp} x pipeline {self.pp} x {sequence} x data {self.dp}"

@@ -13,7 +13,7 @@ import yaml
 from megasp.config.flags import Parser, add_flags, build, flag, option_string, read_yaml
 from megasp.config.megatron_flags import REFUSED, translate
 from megasp.config.presets import PRESETS
-from megasp.config.schema import Config
+from megasp.config.schema import Config, ModelConfig
 from megasp.errors import ConfigError
 
 GROUPS: dict[str, type] = {name: hint for name, hint in typing.get_type_hints(Config).items() if name != "__doc__"}
@@ -57,13 +57,23 @@ def load(
     argv, notes = translate(argv)
     given = vars(parser.parse_args(argv))
     source = build(Source, given)
-    values: dict[str, Any] = dict(defaults or {}) | (PRESETS[source.model] if source.model else {})
+    values = dict(defaults or {})
+    if source.model or source.config:  # which say what the model is: a command's own architecture would mix with theirs
+        architecture = {field.name for field in dataclasses.fields(ModelConfig)}
+        values = {name: value for name, value in values.items() if name not in architecture}
+    values |= PRESETS[source.model] if source.model else {}
     if source.config:
         from_file = read_yaml(Path(source.config), (_PresetKey, *GROUPS.values()), REFUSED)
         if "model" in from_file:
             values |= PRESETS[from_file["model"]] | (PRESETS[source.model] if source.model else {})
         values |= from_file
     values |= given
+    if values.get("num_query_groups") and not values.get("group_query_attention"):
+        raise ConfigError(
+            f"--num-query-groups {values['num_query_groups']} without --group-query-attention",
+            "Megatron-LM ignores the number then, and gives every query head its own key and value head",
+            "add --group-query-attention, or leave out --num-query-groups",
+        )
     return from_values(values), source, build(extra, given) if extra else None, notes
 
 

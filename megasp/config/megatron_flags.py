@@ -43,6 +43,11 @@ _ACCEPTED: tuple[tuple[int, str, str], ...] = (
     (0, "gradient reduction always overlaps the backward", "--overlap-grad-reduce"),
     (0, _TRANSFERS, "--tp-comm-overlap"),
     (0, _TRANSFERS, "--no-async-tensor-model-parallel-allreduce --async-tensor-model-parallel-allreduce"),
+    (
+        0,
+        "messages between pipeline stages always overlap computation",
+        "--overlap-p2p-communication --overlap-p2p-communication-warmup-flush",
+    ),
     (0, "there are no groups but those of --distributed-backend", "--disable-gloo-process-groups"),
     (1, "ranks come from the launcher's environment variables", "--local-rank"),
     (1, _DEFAULT, "--data-parallel-sharding-strategy --num-distributed-optimizer-instances"),

@@ -47,18 +47,27 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
     ),
     # Other parallelism
     (
-        "pipeline parallelism is one even split of the layers into --pipeline-model-parallel-size stages",
-        "--num-layers-per-virtual-pipeline-stage --num-virtual-stages-per-pipeline-rank "
-        "--microbatch-group-size-per-virtual-pipeline-stage --pipeline-model-parallel-layout "
-        "--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers "
+        "layers are balanced by their work, the output layer's included: to choose another split use "
+        "--pipeline-model-parallel-layout",
         "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split "
-        "--pipeline-model-parallel-split-rank --standalone-embedding-stage --overlap-p2p-communication "
-        "--no-overlap-p2p-communication --overlap-p2p-communication-warmup-flush --defer-embedding-wgrad-compute "
-        "--wgrad-deferral-limit --no-scatter-gather-tensors-in-pipeline --use-ring-exchange-p2p "
+        "--pipeline-model-parallel-split-rank --standalone-embedding-stage",
+    ),
+    (
+        "interleaved microbatches pass in groups of --pipeline-model-parallel-size",
+        "--microbatch-group-size-per-virtual-pipeline-stage",
+    ),
+    (
+        "--pipeline-schedule zb-h1 and zbv defer the weight gradients of every layer but the output layer's",
+        "--defer-embedding-wgrad-compute --wgrad-deferral-limit",
+    ),
+    (
+        "messages between stages always overlap computation, each direction of a pair of ranks has a group of its own, "
+        "and each tensor-parallel rank sends what it holds (less with --sequence-parallel)",
+        "--no-overlap-p2p-communication --no-scatter-gather-tensors-in-pipeline --use-ring-exchange-p2p "
         "--pipeline-model-parallel-comm-backend",
     ),
     (
-        "the split of the context-parallel ranks is given by --ulysses-size and --ring-size",
+        "the split of the context-parallel ranks is given by --ulysses-size and --ring-size, or chosen",
         "--hierarchical-context-parallel-sizes --hybrid-context-parallel --max-seqlen-per-dp-cp-rank",
     ),
     (
@@ -80,8 +89,8 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
     ),
     # Memory
     (
-        "recompute is of whole layers: use --recompute-granularity full, and note that flash attention keeps no "
-        "attention matrix, which is what selective recompute saves",
+        "recompute is of whole layers, with or without attention (--recompute-granularity full or all-but-attention); "
+        "flash attention keeps no attention matrix, which is what selective recompute saves",
         "--recompute-activations --recompute-modules --checkpoint-activations --distribute-saved-activations "
         "--activations-checkpoint-method --activations-checkpoint-granularity --activations-checkpoint-num-layers",
     ),
@@ -139,8 +148,8 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--apply-layernorm-1p --apply-residual-connection-post-layernorm --qk-l2-norm",
     ),
     (
-        "attention is causal over the whole sample",
-        "--window-size --window-attn-skip-freq",
+        "every layer has the same window (--window-size)",
+        "--window-attn-skip-freq",
     ),
     (
         "rotary positions are those of Llama and GPT-NeoX (--rotary-base, --rotary-percent, --use-rope-scaling), on "

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from megasp.config.batch_schedule import BatchSchedule
 from megasp.config.flags import flag
 from megasp.config.layout import Layout
+from megasp.config.pipeline import SCHEDULES, PipelinePlan, chunks_of
 from megasp.config.tokenizer_types import TIKTOKEN_PATTERNS, TOKENIZER_TYPES
 
 
@@ -18,12 +19,12 @@ class ModelConfig:
     Example: `ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=1000)`.
     """
 
-    num_layers: int = flag(0, "transformer layers")
-    hidden_size: int = flag(0, "width of the residual stream")
+    num_layers: int = flag(0, "transformer layers (required, or by --model)")
+    hidden_size: int = flag(0, "width of the residual stream (required, or by --model)")
     ffn_hidden_size: int | None = flag(
         None, "width of the MLP; 4 x hidden-size, or two thirds of that rounded down to a multiple of 64 with --swiglu"
     )
-    num_attention_heads: int = flag(0, "query heads")
+    num_attention_heads: int = flag(0, "query heads (required, or by --model)")
     group_query_attention: bool = flag(False, "share each key and value head among several query heads")
     num_query_groups: int | None = flag(None, "key and value heads (with --group-query-attention); 1 is multi-query")
     kv_channels: int | None = flag(None, "size of a head; hidden-size / num-attention-heads without it")
@@ -47,6 +48,8 @@ class ModelConfig:
     )
     attention_dropout: float = flag(0.1, "dropout of attention probabilities (unfused attention only)")
     hidden_dropout: float = flag(0.1, "dropout of embeddings and residual branches")
+    window_size: int | None = flag(None, "tokens before itself that a token sees; all of its sample without it")
+    attention_sinks: int = flag(0, "first tokens that every token sees beyond --window-size")
     init_method_std: float = flag(0.02, "standard deviation of initial weights")
     vocab_size: int | None = flag(None, "token ids before padding; the tokenizer's, where one is given")
     make_vocab_size_divisible_by: int = flag(
@@ -55,8 +58,8 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Key and value heads."""
-        return self.num_query_groups or self.num_attention_heads
+        """Key and value heads; --group-query-attention alone means one, as in Megatron-LM."""
+        return self.num_query_groups or (1 if self.group_query_attention else self.num_attention_heads)
 
     @property
     def head_dim(self) -> int:
@@ -86,38 +89,37 @@ class ParallelConfig:
     """Parallel layout."""
 
     tensor_model_parallel_size: int = flag(1, "ranks that split each layer's weights")
-    pipeline_model_parallel_size: int = flag(1, "pipeline stages")
+    pipeline_model_parallel_size: int = flag(1, "ranks that split the layers into stages")
+    pipeline_schedule: str | None = flag(
+        None, "order of a step's work; 1f1b without it, interleaved with virtual stages", choices=SCHEDULES
+    )
+    num_virtual_stages_per_pipeline_rank: int | None = flag(
+        None, "stages (chunks) of each pipeline rank, for interleaved; zbv has 2"
+    )
+    num_layers_per_virtual_pipeline_stage: int | None = flag(None, "the same by their number of layers")
+    pipeline_model_parallel_layout: str | None = flag(
+        None,
+        'what each stage holds: E embedding, t layer, L head, | next stage, *n repeats: "Et*3|(tt|)*2L"; '
+        "balanced by work without it",
+    )
+    decoder_first_pipeline_num_layers: int | None = flag(None, "layers of the first stage; the others are balanced")
+    decoder_last_pipeline_num_layers: int | None = flag(None, "layers of the last stage; the others are balanced")
     context_parallel_size: int | None = flag(None, "ranks that share a sequence; ulysses-size x ring-size without it")
-    cp_comm_type: str | None = flag(None, "how they exchange: a2a is Ulysses, p2p is ring", metavar="TYPE")
+    cp_comm_type: str | None = flag(
+        None,
+        "how they exchange: a2a is Ulysses, p2p, all_gather and lightseq are ways of the ring's ranks, a2a+p2p is "
+        "Ulysses x ring; with --context-parallel-size alone the split that sends least is chosen",
+        choices=("a2a", "p2p", "all_gather", "lightseq", "a2a+p2p"),
+    )
     ulysses_size: int | None = flag(
         None, "ranks of Ulysses sequence parallelism (all-to-all between sequence and heads)"
     )
-    ring_size: int | None = flag(None, "ranks of ring attention")
+    ring_size: int | None = flag(None, "ranks of ring attention (or of --cp-comm-type all_gather, lightseq)")
     sequence_parallel: bool = flag(
         False, "split norms, dropout and residuals along the sequence over the tensor-parallel ranks, too"
     )
     distributed_backend: str | None = flag(None, "nccl where there are GPUs, else gloo", choices=("nccl", "gloo"))
     distributed_timeout_minutes: float = flag(10.0, "how long a collective waits for the other ranks")
-
-    def layout(self, world_size: int) -> Layout:
-        """The rank grid for `world_size` ranks; the data-parallel size is what is left (validated elsewhere)."""
-        ulysses, ring = self.sequence_axes
-        model_ranks = self.tensor_model_parallel_size * self.pipeline_model_parallel_size * ulysses * ring
-        return Layout(
-            pp=self.pipeline_model_parallel_size,
-            dp_inner=max(1, world_size // model_ranks),
-            ring=ring,
-            ulysses=ulysses,
-            tp=self.tensor_model_parallel_size,
-        )
-
-    @property
-    def sequence_axes(self) -> tuple[int, int]:
-        """(ulysses, ring) sizes, from whichever flags name them."""
-        ulysses, ring, cp = self.ulysses_size, self.ring_size, self.context_parallel_size or 1
-        if ulysses is None and ring is None:
-            return (cp, 1) if self.cp_comm_type == "a2a" else (1, cp)
-        return ulysses or max(1, cp // (ring or 1)), ring or max(1, cp // (ulysses or 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +159,7 @@ class DataConfig:
     tiktoken_pattern: str = flag("v2", "how TikTokenizer splits text before the merges", choices=TIKTOKEN_PATTERNS)
     eod_mask_loss: bool = flag(False, "no loss where the input is the end-of-document token")
     reset_position_ids: bool = flag(False, "positions start anew with each document")
-    reset_attention_mask: bool = flag(False, "tokens see no other document than their own")
+    reset_attention_mask: bool = flag(False, "documents of one sample do not see each other")
     eod_starts_document: bool = flag(
         False, "for the two flags before: a document begins after each end-of-document token, too, as in Megatron-LM"
     )
@@ -193,7 +195,7 @@ class OptimizerConfig:
 class TrainingConfig:
     """Training."""
 
-    seq_length: int = flag(0, "tokens of a sample")
+    seq_length: int = flag(0, "tokens of a sample (required, or by --model)")
     micro_batch_size: int = flag(1, "samples of one forward pass on a data-parallel rank")
     global_batch_size: int | None = flag(None, "samples of a step; micro-batch-size x data-parallel size without it")
     rampup_batch_size: tuple[int, ...] = flag(
@@ -208,9 +210,14 @@ class TrainingConfig:
     attention_backend: str = flag(
         "auto",
         "attention kernel; auto picks the best that this machine has, unfused (local) is the exact reference",
-        choices=("auto", "flash", "fused", "unfused", "local"),
+        choices=("auto", "flash", "fused", "flash-attn-2", "flash-attn-3", "unfused", "local"),
     )
-    recompute_granularity: str | None = flag(None, "activations to recompute in the backward", choices=("full",))
+    recompute_granularity: str | None = flag(
+        None,
+        "activations to recompute in the backward: those of whole layers, or all but the attention's output, so that "
+        "attention runs once",
+        choices=("full", "all-but-attention"),
+    )
     eval_interval: int = flag(1000, "steps between evaluations")
     eval_iters: int = flag(100, "steps of an evaluation; 0 switches it off")
     exit_interval: int | None = flag(None, "save and stop when the step is a multiple of it")
@@ -239,6 +246,12 @@ class LoggingConfig:
     log_interval: int = flag(100, "steps between progress lines")
     tensorboard_dir: str | None = flag(None, "directory for TensorBoard events", metavar="DIR")
     metrics_file: str | None = flag(None, "JSON lines, one a step; SAVE/metrics.jsonl without it", metavar="FILE")
+    log_comm: bool = flag(False, "print what each axis sent in a step, beside the closed forms")
+    trace: str | None = flag(
+        None,
+        "time every pipeline action of the run's second step, and write them beside the simulator's (Chrome, Perfetto)",
+        metavar="FILE",
+    )
     peak_tflops: float | None = flag(None, "peak TFLOP/s of a device, for MFU; known GPUs are recognised")
 
 
@@ -253,6 +266,20 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def pipeline(self) -> PipelinePlan:
+        """Schedule, ranks and chunks of the pipeline."""
+        parallel = self.parallel
+        ranks = parallel.pipeline_model_parallel_size
+        chunks = chunks_of(
+            ranks,
+            self.model.num_layers,
+            parallel.num_virtual_stages_per_pipeline_rank,
+            parallel.num_layers_per_virtual_pipeline_stage,
+            parallel.pipeline_model_parallel_layout,
+        )
+        return PipelinePlan.choose(parallel.pipeline_schedule, ranks, chunks)
 
     def global_batch_size(self, layout: Layout) -> int:
         """Samples of one step (after a ramp-up)."""

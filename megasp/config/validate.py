@@ -6,6 +6,8 @@
 from collections.abc import Callable
 from pathlib import PurePath
 
+from megasp.config import stages
+from megasp.config.context_parallel import split_context
 from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.schema import Config
@@ -23,6 +25,7 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
     _model(config)
     layout = _layout(config, world_size)
     _splits(config, layout)
+    stages.split(config)
     _batch(config, layout)
     _training(config, layout)
     _attention_kernel(config, device)
@@ -73,6 +76,14 @@ def _model(config: Config) -> None:
         raise ConfigError("--use-rope-scaling", "it scales rotary frequencies", "add --position-embedding-type rope")
     if model.swiglu and model.squared_relu:
         raise ConfigError("--swiglu and --squared-relu", "an MLP has one activation", "leave one out")
+    if model.window_size is not None and model.window_size < 0:
+        raise ConfigError(f"window-size {model.window_size}", "it counts tokens", "leave it out to see all")
+    if model.attention_sinks < 0 or (model.attention_sinks and model.window_size is None):
+        raise ConfigError(
+            f"attention-sinks {model.attention_sinks} and window-size {model.window_size}",
+            "sinks are tokens seen beyond a window",
+            "give --window-size, or leave --attention-sinks out",
+        )
     longest = model.max_position_embeddings
     if (
         longest is not None
@@ -93,49 +104,21 @@ def _model(config: Config) -> None:
 
 def _layout(config: Config, world_size: int) -> Layout:
     parallel = config.parallel
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "ulysses_size", "ring_size"):
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    for name in (*sizes, "context_parallel_size", "ulysses_size", "ring_size"):
         if getattr(parallel, name) is not None:
             _positive(**{name: getattr(parallel, name)})
-    _context_parallel(config)
-    ulysses, ring = parallel.sequence_axes
+    context = split_context(config)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if pp > 1:
-        raise ConfigError(f"pipeline-model-parallel-size {pp}", "the pipeline is not built yet", "use 1")
-    if ring > 1:
-        raise ConfigError(
-            f"ring size {ring}", "ring attention is not built yet", "use --ulysses-size (or --cp-comm-type a2a)"
-        )
-    ranks = tp * pp * ulysses * ring
+    ranks = tp * pp * context.ulysses * context.ring
     if world_size % ranks:
         raise ConfigError(
-            f"tensor {tp} x pipeline {pp} x Ulysses {ulysses} x ring {ring} = {ranks} on {world_size} ranks",
+            f"tensor {tp} x pipeline {pp} x Ulysses {context.ulysses} x ring {context.ring} = {ranks} "
+            f"on {world_size} ranks",
             "the product must divide the number of ranks",
             f"start {nearest(world_size, lambda n: n % ranks == 0)} ranks, or change a size",
         )
-    return parallel.layout(world_size)
-
-
-def _context_parallel(config: Config) -> None:
-    """--context-parallel-size and --cp-comm-type against --ulysses-size and --ring-size."""
-    parallel = config.parallel
-    cp, comm = parallel.context_parallel_size, parallel.cp_comm_type
-    if cp is not None:
-        _positive(context_parallel_size=cp)
-    if comm not in (None, "a2a", "p2p", "a2a+p2p", "all_gather"):
-        raise ConfigError(f"cp-comm-type {comm}", "it is one of a2a, p2p, a2a+p2p, all_gather", "use a2a (Ulysses)")
-    if (cp or 1) > 1 and parallel.ulysses_size is None and parallel.ring_size is None and comm != "a2a":
-        raise ConfigError(
-            f"context-parallel-size {cp} with cp-comm-type {comm or 'p2p (the default)'}",
-            "of the ways to split a sequence only Ulysses (a2a) is built yet",
-            "add --cp-comm-type a2a",
-        )
-    ulysses, ring = parallel.sequence_axes
-    if cp is not None and ulysses * ring != cp:
-        raise ConfigError(
-            f"context-parallel-size {cp}, ulysses-size {ulysses}, ring-size {ring}",
-            "the context-parallel size is the product of the other two",
-            f"use --context-parallel-size {ulysses * ring}, or leave it out",
-        )
+    return Layout(pp=pp, dp_inner=world_size // ranks, ring=context.ring, ulysses=context.ulysses, tp=tp)
 
 
 def _splits(config: Config, layout: Layout) -> None:
@@ -162,14 +145,12 @@ def _splits(config: Config, layout: Layout) -> None:
     )
     if model.vocab_size is not None:
         divides(model.padded_vocab_size, "tensor-model-parallel-size", tp, "padded vocabulary")
-    local, local_kv = heads // tp, max(1, kv_heads // tp)
-    divides(local, "ulysses-size", ulysses, f"query heads per tensor-parallel rank ({heads} / {tp}):")
+    local = heads // tp
     must(
-        local_kv % ulysses == 0 or ulysses % local_kv == 0,
-        f"kv heads per tensor-parallel rank {local_kv} on ulysses-size {ulysses}",
-        "one must divide the other",
-        f"use a size of "
-        f"{nearest(ulysses, lambda s: local % s == 0 and (local_kv % s == 0 or s % local_kv == 0), local + 1)}",
+        ulysses <= local,
+        f"ulysses-size {ulysses} with {local} query heads per tensor-parallel rank ({heads} / {tp})",
+        "each Ulysses rank holds at least one head",
+        f"use --ulysses-size {max(n for n in range(1, local + 1) if layout.cp % n == 0)}, and --ring-size for the rest",
     )
     ranks = layout.cp * (tp if config.parallel.sequence_parallel else 1)
     must(
@@ -194,6 +175,8 @@ def _batch(config: Config, layout: Layout) -> None:
             f"use --global-batch-size {nearest(max(1, batch), lambda n: n % per_pass == 0)}",
         )
     _rampup(training.rampup_batch_size, batch, per_pass)
+    for size in config.batch_schedule(layout).sizes():
+        config.pipeline.check_microbatches(size // per_pass)
 
 
 def _rampup(rampup: tuple[int, ...], batch: int, per_pass: int) -> None:
@@ -276,9 +259,6 @@ def _data(config: Config) -> None:
         raise ConfigError("--data-order megatron with --mock-data", "it orders corpora", "leave one out")
     if data.eod_starts_document and not (data.reset_position_ids or data.reset_attention_mask):
         raise ConfigError("--eod-starts-document", "nothing depends on documents", "add --reset-position-ids")
-    if data.reset_attention_mask:
-        rule = "document masks come with packed attention"
-        raise ConfigError("--reset-attention-mask", rule, "use --reset-position-ids alone")
 
 
 def _attention_kernel(config: Config, device: str) -> None:

@@ -1,7 +1,7 @@
 """`megasp data explain`: which documents and tokens the samples of a training step read.
 
 megasp data explain --load ckpt --step 12000                              a step of a run, past or to come
-megasp data explain --data-path PREFIX --step 3 --seq-length 2048 --global-batch-size 64        by flags
+megasp data explain PREFIX --step 3 --seq-length 2048 --global-batch-size 64              by the flags of a run
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,9 @@ PREVIEW = 64  # tokens
 class Options(TokenizerOptions):
     """Explanation of a step's data. Without --load, give the flags of the run."""
 
-    data_path: tuple[str, ...] = flag((), "corpora as --data-path takes them", metavar="[WEIGHT] PREFIX")
+    data_path: tuple[str, ...] = flag(
+        (), "corpora, as --data-path takes them", name="data_path", metavar="[WEIGHT] PREFIX"
+    )
     step: int = flag(REQUIRED, "training step, from 1 as the log counts")
     load: str | None = flag(None, "checkpoint, or directory of them, whose run is meant", metavar="DIR")
     seq_length: int | None = flag(None, "tokens of a sample")
@@ -61,7 +63,7 @@ def _phase(options: Options) -> Phase:
     """The phase that the step belongs to."""
     if options.load is None:
         if not options.data_path or options.seq_length is None or options.global_batch_size is None:
-            rule = "--data-path, --seq-length and --global-batch-size say what a step reads"
+            rule = "a PREFIX, --seq-length and --global-batch-size say what a step reads"
             raise DataError("no --load", rule, "give these three, or --load CHECKPOINT")
         batch = BatchSchedule(options.global_batch_size)
         return phases.first_phase(options.data_path, options.split, options.seq_length, options.seed, batch)

@@ -31,12 +31,12 @@ class Sample(Protocol):
         """Tokens [start, stop) of the sample, any integer dtype."""
         ...
 
-    def document_starts(self, length: int) -> np.ndarray:
-        """The positions in [0, length) at which a document begins, 0 always among them; int64, ascending."""
-        ...
-
     def place(self, position: int) -> str:
         """Where the token at `position` comes from, in words."""
+        ...
+
+    def document_starts(self, length: int) -> np.ndarray:
+        """The positions in [0, length) at which documents begin, int64, ascending; the first is 0."""
         ...
 
 
@@ -211,7 +211,9 @@ class MockSample:
         return (self.first + self.step * np.arange(start, stop)) % self.vocab_size
 
     def document_starts(self, length: int) -> np.ndarray:
-        return np.zeros(1, np.int64)
+        """A document of one token, and others up to the power of two above `first`."""
+        longest = 2 << (self.first % 7)
+        return np.unique(np.array([0, 1, *range(1 + self.step, length, longest + self.step)]).clip(max=length - 1))
 
     def place(self, position: int) -> str:
         return f"position {position} of a mock sample"

@@ -16,7 +16,9 @@ PREVIEW = 64  # tokens
 class Options(TokenizerOptions):
     """Dataset inspection."""
 
-    prefix: str = flag(REQUIRED, "path of the .bin and .idx files without these endings", name="prefix")
+    prefix: str = flag(
+        REQUIRED, "path of the .bin and .idx files without these endings", name="prefix", metavar="PREFIX"
+    )
     documents: int = flag(3, "documents to preview, evenly spaced")
 
 

@@ -48,7 +48,7 @@ def run(options: Options) -> int:
             raise DataError(f"{name} is {value}", "it must be at least 1", f"use {name} 1 or more, or leave it out")
     tokenizer_of.cache_clear()
     tokenizer_of(options)
-    files = find_files(options.input, options.extensions)
+    files = find_files(options.input, options.extensions, options.exclude)
     prefixes = [f"{options.output_prefix}_{key}_document" for key in options.json_keys]
     start = time.perf_counter()
     chunks = Chunks(options.output_prefix, prefixes, _signature(options, files))

@@ -60,6 +60,7 @@ class InputOptions:
 
     input: tuple[Path, ...] = flag(REQUIRED, "files, directories to search, - for JSON lines on stdin", metavar="PATH")
     extensions: tuple[str, ...] = flag(EXTENSIONS, "endings of the files to take from directories", metavar=".EXT")
+    exclude: tuple[str, ...] = flag((), "names of directories to pass over", metavar="NAME")
     json_keys: tuple[str, ...] = flag(("text",), "keys of a JSON line that hold text", metavar="KEY")
     skip_bad_lines: bool = flag(False, "count documents that are not valid text or JSON instead of stopping at them")
 
@@ -98,10 +99,12 @@ class Document(NamedTuple):
         return f"{self.path}, line {self.line}" if self.line else self.path
 
 
-def find_files(inputs: Sequence[Path], extensions: Sequence[str] = EXTENSIONS) -> list[Path]:
+def find_files(
+    inputs: Sequence[Path], extensions: Sequence[str] = EXTENSIONS, exclude: Sequence[str] = ()
+) -> list[Path]:
     """The files to read, in order: a file as named, a directory's files below it by path.
 
-    Hidden files and files with other extensions are left out of directories.
+    Hidden files, files with other extensions and the directories named by `exclude` are left out of directories.
 
     Raises:
         DataError: an input does not exist, or there is no file at all.
@@ -110,8 +113,8 @@ def find_files(inputs: Sequence[Path], extensions: Sequence[str] = EXTENSIONS) -
     for path in inputs:
         if path.is_dir():
             endings = tuple(extension + packed for extension in extensions for packed in ("", *COMPRESSED))
-            files += sorted(_walk(path, endings))
-        elif path == STDIN or path.is_file() or path.exists():
+            files += sorted(_walk(path, endings, exclude))
+        elif path == STDIN or path.exists():
             files.append(path)
         else:
             raise DataError(f"{path} does not exist", "input must be files or directories", "check the path")
@@ -121,9 +124,9 @@ def find_files(inputs: Sequence[Path], extensions: Sequence[str] = EXTENSIONS) -
     return files
 
 
-def _walk(directory: Path, extensions: tuple[str, ...]) -> Iterator[Path]:
+def _walk(directory: Path, extensions: tuple[str, ...], exclude: Sequence[str]) -> Iterator[Path]:
     for root, folders, names in os.walk(directory):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in exclude]
         yield from (Path(root, name) for name in names if name.endswith(extensions) and not name.startswith("."))
 
 

@@ -36,7 +36,7 @@ def run(options: Options) -> int:
         raise DataError(f"--vocab-size is {options.vocab_size}", rule, f"use {least} or more")
     path = Path(options.output)
     path = path if path.suffix == ".json" else path / "tokenizer.json"
-    files = find_files(options.input, options.extensions)
+    files = find_files(options.input, options.extensions, options.exclude)
     with AtomicFiles(path, overwrite=options.overwrite) as output:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -16,7 +16,9 @@ CHUNK = 1 << 22  # entries read at a time
 class Options:
     """Dataset verification."""
 
-    prefix: str = flag(REQUIRED, "path of the .bin and .idx files without these endings", name="prefix")
+    prefix: str = flag(
+        REQUIRED, "path of the .bin and .idx files without these endings", name="prefix", metavar="PREFIX"
+    )
     vocab_size: int | None = flag(None, "bound that all token ids must keep; not checked without it")
 
 

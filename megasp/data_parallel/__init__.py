@@ -1,6 +1,6 @@
 """Gradients of one model over the ranks that see different tokens: accumulation, reduction, master weights."""
 
-from megasp.data_parallel.gradients import clip_, global_norm, sum_partial_
+from megasp.data_parallel.gradients import clip_, global_norm, sum_partial_, sum_tied_
 from megasp.data_parallel.replicas import Replicas
 
-__all__ = ["Replicas", "clip_", "global_norm", "sum_partial_"]
+__all__ = ["Replicas", "clip_", "global_norm", "sum_partial_", "sum_tied_"]

@@ -36,6 +36,21 @@ def sum_partial_(parameters: Sequence[nn.Parameter], axis: Axis) -> None:
             view.copy_(place)
 
 
+def sum_tied_(copies: Sequence[nn.Parameter], ends: Axis) -> None:
+    """Sum the gradient of a tied embedding over its copies on the first and the last pipeline stage, in place.
+
+    Args:
+        copies: those of this rank; two where one rank holds both stages.
+        ends: the ranks of the first and the last stage, where they are two.
+    """
+    grads = [p.grad for p in copies if p.grad is not None]
+    if len(grads) == 2:
+        grads[0].add_(grads[1])
+        grads[1].copy_(grads[0])
+    elif grads:
+        all_reduce_(grads[0], ends)
+
+
 def _shared_box(piece: Piece, axis: Axis) -> Box:
     """What the ranks of the axis hold together: this very box, or the whole tensor where only some share it."""
     return piece.box if piece.replicas == axis.size else Box((0,) * len(piece.shape), piece.shape)

@@ -111,7 +111,8 @@ class _Bucket:
 
     def _add(self, index: int, parameter: Tensor) -> None:
         """Take one parameter's gradient of this microbatch; the first of a step overwrites what the last step left."""
-        assert parameter.grad is not None
+        if parameter.grad is None:
+            return  # autograd calls for a weight whose gradient is deferred, too
         if index in self._added:
             self._views[index].add_(parameter.grad)
         else:

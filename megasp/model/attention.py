@@ -12,8 +12,8 @@ from megasp.model.layers import ColumnParallelLinear, RowParallelLinear
 from megasp.model.norm import Norm
 from megasp.model.rotary import rotate_
 from megasp.parallel_state import ParallelState
-from megasp.sequence_parallel import UlyssesAttention, attend
-from megasp.sequence_parallel.kernels import AttentionDropout
+from megasp.sequence_parallel import Kept, SequenceAttention, Work
+from megasp.sequence_parallel.block_kernels import AttentionDropout
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,14 @@ class Tokens:
     Args:
         keys: names of the tokens of the residual stream on this rank; None drops nothing.
         rotary: cos and sin tables of the positions that attention's q and k have on this rank; None without rotary.
+        work: which of them attention computes where.
+        kept: where one layer keeps attention's result for its recompute.
     """
 
+    work: Work
     keys: TokenKeys | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    kept: Kept | None = None
 
 
 class Attention(nn.Module):
@@ -35,7 +39,7 @@ class Attention(nn.Module):
     Args:
         config: the model's; its head counts are divisible as `megasp.config.validate` says.
         name: canonical name of this module.
-        backend: attention kernel.
+        attend: attention of q to k and v over the sequence, wherever its parts are.
     """
 
     def __init__(
@@ -43,7 +47,7 @@ class Attention(nn.Module):
         config: ModelConfig,
         state: ParallelState,
         sequence_parallel: bool,
-        backend: str,
+        attend: SequenceAttention,
         factory: Factory,
         name: str,
     ) -> None:
@@ -69,7 +73,7 @@ class Attention(nn.Module):
                 Norm, config.normalization, self.head_dim, config.norm_epsilon, tp, partial=True, factory=factory
             )
             self.q_norm, self.k_norm = norm(name=f"{name}.q_norm"), norm(name=f"{name}.k_norm")
-        self.attend = UlyssesAttention(partial(attend, backend=backend), state.ulysses)
+        self.attend = attend
         self.dropout, self.key = config.attention_dropout, site_key(factory.seed, name)
         self.first_head = tp.rank * self.local_heads[0]
         self.o = RowParallelLinear(
@@ -93,7 +97,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
             if tokens.rotary is not None:
                 q, k = (rotate_(part, part.shape[2], self.head_dim, tokens.rotary) for part in (q, k))
-        out = self.attend(q, k, v, dropout=self._dropout(tokens))
+        out = self.attend(q, k, v, work=tokens.work, dropout=self._dropout(tokens), kept=tokens.kept)
         return self.o(out.flatten(2))
 
     def _dropout(self, tokens: Tokens) -> AttentionDropout | None:

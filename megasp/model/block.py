@@ -10,6 +10,7 @@ from megasp.model.init import Factory
 from megasp.model.layers import ColumnParallelLinear, RowParallelLinear
 from megasp.model.norm import Norm
 from megasp.parallel_state import ParallelState
+from megasp.sequence_parallel import SequenceAttention
 
 
 class MLP(nn.Module):
@@ -53,7 +54,7 @@ class Block(nn.Module):
         config: ModelConfig,
         state: ParallelState,
         sequence_parallel: bool,
-        backend: str,
+        attend: SequenceAttention,
         factory: Factory,
         name: str,
     ) -> None:
@@ -71,7 +72,7 @@ class Block(nn.Module):
             )
 
         self.input_norm = norm("input_norm")
-        self.attention = Attention(config, state, sequence_parallel, backend, factory, f"{name}.attention")
+        self.attention = Attention(config, state, sequence_parallel, attend, factory, f"{name}.attention")
         self.mlp_norm = norm("mlp_norm")
         self.mlp = MLP(config, state, sequence_parallel, factory, f"{name}.mlp")
         self.dropout = config.hidden_dropout

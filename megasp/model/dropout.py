@@ -73,17 +73,18 @@ def dropout(x: Tensor, probability: float, key: int, keys: TokenKeys | None) -> 
     return _Dropout.apply(x, probability, key, keys)
 
 
-def attention_bits(key: int, samples: Tensor, first_head: int, heads: int, queries: int, keys: int) -> Tensor:
-    """Uniform 31-bit integers for attention probabilities, int64 [B, heads, queries, keys].
+def attention_bits(key: int, samples: Tensor, first_head: int, heads: int, queries: Tensor, keys: Tensor) -> Tensor:
+    """Uniform 31-bit integers for attention probabilities, int64 [B, heads, Sq, Sk].
 
     Args:
         key: `site_key` of the layer.
         samples: global sample numbers, int64 [B].
         first_head: global number of the first head.
+        queries, keys: global positions, int64 [Sq] and [Sk].
     """
     device = samples.device
     sample = _mix(samples + key)[:, None]
     head = _mix(torch.arange(first_head, first_head + heads, device=device) + sample)[:, :, None]
-    row = _mix(torch.arange(queries, device=device) + head)[:, :, :, None]
-    column = _mix(torch.arange(keys, device=device) + (key ^ 0x5DEECE66D))
+    row = _mix(queries + head)[:, :, :, None]
+    column = _mix(keys + (key ^ 0x5DEECE66D))
     return _mix(row ^ column) & 0x7FFFFFFF

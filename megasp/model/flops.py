@@ -45,13 +45,21 @@ def flops_per_token(model: ModelConfig, seq_length: int) -> float:
         6 x (weights of all matrix products) + 6 x layers x heads x head_dim x seq_length
 
     Each weight is one multiply-add per token forward (2) and two backward (4). Scores q k^T and mix p v are each
-    heads x head_dim multiply-adds per key: 2 x 2 forward and twice that backward, 12 per key; half the keys are seen.
+    heads x head_dim multiply-adds per key: 2 x 2 forward and twice that backward, 12 per key; half the keys are seen
+    (fewer with a window; documents are not told apart).
     """
     d, width = model.hidden_size, model.num_attention_heads * model.head_dim
     attention_weights = d * (width + 2 * model.kv_heads * model.head_dim) + width * d
     mlp_weights = (3 if model.swiglu else 2) * d * model.mlp_size
     weights = model.num_layers * (attention_weights + mlp_weights) + model.padded_vocab_size * d
-    return 6.0 * weights + 6.0 * model.num_layers * width * seq_length
+    return 6.0 * weights + 12.0 * model.num_layers * width * _keys_per_query(model, seq_length)
+
+
+def _keys_per_query(model: ModelConfig, seq_length: int) -> float:
+    """Keys that a query sees on average: half the sample, or what a window leaves of it (sinks are left out)."""
+    if model.window_size is None or model.window_size >= seq_length:
+        return seq_length / 2
+    return model.window_size * (seq_length - model.window_size / 2) / seq_length
 
 
 def tflops_per_device(tokens_per_second: float, flops_per_token: float, devices: int) -> float:

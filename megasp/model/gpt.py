@@ -5,6 +5,8 @@ D hidden size, V vocabulary. The residual stream is [S, B, D], sequence first, s
 sequence never moves memory; with sequence parallelism it is [S / T, B, D].
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +22,7 @@ from megasp.model.loss import linear_cross_entropy
 from megasp.model.norm import Norm
 from megasp.model.rotary import cos_sin
 from megasp.parallel_state import ParallelState
+from megasp.sequence_parallel import Documents, Kept, Mask, SequenceAttention
 
 
 class GPTModel(nn.Module):
@@ -30,10 +33,12 @@ class GPTModel(nn.Module):
         state: the rank grid; one process without it.
         layers: numbers of the layers held; all without it.
         first: whether the embedding is here.
-        last: whether the final norm and the head are here.
+        last: whether the final norm and the head are here. Where the ends are apart, tied embeddings are two copies of
+            one canonical tensor, and the training step sums their gradients.
         sequence_parallel: split the residual stream over the tensor-parallel ranks.
-        backend: attention kernel, "auto" for the best that this machine has.
-        recompute: keep only each block's input, and run its forward again in the backward.
+        attend: attention over the split sequence; without it over contiguous shards, by the best kernel there is.
+        recompute: "full" to keep only each block's input and run its forward again in the backward;
+            "all-but-attention" to keep what attention gave, too, and not run that again.
         factory: device, dtype and seed of the parameters.
 
     Example:
@@ -51,8 +56,8 @@ class GPTModel(nn.Module):
         first: bool = True,
         last: bool = True,
         sequence_parallel: bool = False,
-        backend: str = "auto",
-        recompute: bool = False,
+        attend: SequenceAttention | None = None,
+        recompute: str | None = None,
         factory: Factory | None = None,
     ) -> None:
         super().__init__()
@@ -61,8 +66,11 @@ class GPTModel(nn.Module):
         layers = layers if layers is not None else range(config.num_layers)
         self.config, self.state, self.recompute = config, state, recompute
         self.sequence_parallel = sequence_parallel and state.tp.size > 1
-        options = self.sequence_parallel, backend, factory
-        self.embedding = self._embedding(factory, "embedding") if first else None
+        self.attend = attend or SequenceAttention(state, mask=Mask(config.window_size, config.attention_sinks))
+        options = self.sequence_parallel, self.attend, factory
+        tied = not config.untie_embeddings_and_output_weights
+        split = tied and not (first and last)
+        self.embedding = self._embedding(factory, "embedding", 0 if split else None) if first else None
         self.position_embedding = None
         if first and config.position_embedding_type == "learned_absolute":
             shape = (config.max_position_embeddings or 1024, config.hidden_size)
@@ -81,11 +89,12 @@ class GPTModel(nn.Module):
                 factory=factory,
                 name="final_norm",
             )
-            self.head = (
-                self._embedding(factory, "head") if config.untie_embeddings_and_output_weights else self.embedding
-            )
+            if tied:
+                self.head = self.embedding if first else self._embedding(factory, "embedding", 1)
+            else:
+                self.head = self._embedding(factory, "head")
 
-    def _embedding(self, factory: Factory, name: str) -> VocabParallelEmbedding:
+    def _embedding(self, factory: Factory, name: str, copy: int | None = None) -> VocabParallelEmbedding:
         return VocabParallelEmbedding(
             self.config.padded_vocab_size,
             self.config.hidden_size,
@@ -94,6 +103,7 @@ class GPTModel(nn.Module):
             init_std=self.config.init_method_std,
             factory=factory,
             name=name,
+            copy=copy,
         )
 
     def forward(
@@ -103,6 +113,7 @@ class GPTModel(nn.Module):
         loss_mask: Tensor | None = None,
         positions: Tensor | None = None,
         samples: Tensor | None = None,
+        document_starts: Documents | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
         """Logits, or with labels the sum of the token losses.
@@ -113,6 +124,8 @@ class GPTModel(nn.Module):
             loss_mask: weight of each token's loss, [B, S]; ones without it.
             positions: global positions of this rank's tokens, int64 [S]; 0, 1, ... without it.
             samples: global sample numbers, int64 [B]; with them dropout is on.
+            document_starts: of each whole sample, the positions where documents begin, which do not see each other
+                then, int64, ascending from 0.
             position_ids: what the position embedding sees, int64 [B, S], where positions restart with each document;
                 `positions` without it.
         Returns:
@@ -122,15 +135,11 @@ class GPTModel(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         seen = positions if position_ids is None else position_ids.t()  # [S] or [S, B]
-        info = self._tokens(positions, seen, samples)
+        info = self._tokens(positions, seen, samples, document_starts)
         x = self._embed(tokens, seen, info.keys) if self.embedding is not None else tokens
         for block in self.layers:
             # Dropout needs no random state: a recomputed block draws the same masks from the same names.
-            x = (
-                checkpoint(block, x, info, use_reentrant=False, preserve_rng_state=False)
-                if self._keep(x)
-                else block(x, info)
-            )
+            x = self._recomputed(block, x, info) if self.recompute and torch.is_grad_enabled() else block(x, info)
         if self.final_norm is None or self.head is None:
             return x
         x = self.final_norm(x)
@@ -140,16 +149,29 @@ class GPTModel(nn.Module):
         axis, weight = self.state.tp, self.head.weight
         return linear_cross_entropy(x, weight, labels.t(), mask.t(), axis, self.sequence_parallel)
 
-    def _keep(self, x: Tensor) -> bool:
-        return self.recompute and torch.is_grad_enabled()
+    def _recomputed(self, block: nn.Module, x: Tensor, info: Tokens) -> Tensor:
+        if self.recompute == "all-but-attention":
+            info = replace(info, kept=Kept())
+        return checkpoint(block, x, info, use_reentrant=False, preserve_rng_state=False)
 
-    def _tokens(self, positions: Tensor, seen: Tensor, samples: Tensor | None) -> Tokens:
+    def residual_shape(self, samples: int, positions: int) -> tuple[int, int, int]:
+        """Shape of the residual stream of a microbatch [samples, positions] on this rank."""
+        split = self.state.tp.size if self.sequence_parallel else 1
+        return positions // split, samples, self.config.hidden_size
+
+    def _tokens(
+        self, positions: Tensor, seen: Tensor, samples: Tensor | None, document_starts: Documents | None
+    ) -> Tokens:
         """Tables for positions `seen`, and names for the tokens at `positions`."""
         config, dtype = self.config, next(self.parameters()).dtype
         rotary = cos_sin(seen, config, dtype) if config.position_embedding_type == "rope" else None
+        heads, kv_heads = (
+            max(1, count // self.state.tp.size) for count in (config.num_attention_heads, config.kv_heads)
+        )
+        work = self.attend.work(positions.shape[-1], heads, kv_heads, document_starts)
         if samples is None or not self.training:
-            return Tokens(None, rotary)
-        return Tokens(TokenKeys(samples, self._shard(positions)), rotary)
+            return Tokens(work, None, rotary)
+        return Tokens(work, TokenKeys(samples, self._shard(positions)), rotary)
 
     def _shard(self, x: Tensor) -> Tensor:
         """This tensor-parallel rank's part of dim 0, with sequence parallelism."""

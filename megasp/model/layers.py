@@ -26,6 +26,7 @@ from megasp.collectives import (
     start_reduce_scatter,
 )
 from megasp.model.init import Factory
+from megasp.model.weight_gradients import WeightGradients
 from megasp.parallel_state import Axis
 from megasp.parameters import Piece, split, whole
 
@@ -36,21 +37,36 @@ class _Linear(torch.autograd.Function):
     """y = x W^T + b. Saves x as it came (a shard, under sequence parallelism) and W.
 
     The backward gathers x again behind the input-gradient GEMM, and reduces the input's gradient behind the
-    weight-gradient GEMM.
+    weight-gradient GEMM; or leaves the weight's gradient to the queue that is given, while that defers.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, sequence_parallel: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        axis: Axis,
+        sequence_parallel: bool,
+        queue: WeightGradients | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.axis, ctx.sequence_parallel = axis, sequence_parallel
-        return F.linear(start_all_gather(x, axis).wait() if sequence_parallel else x, weight, bias)
+        ctx.axis, ctx.sequence_parallel, ctx.queue = axis, sequence_parallel, queue
+        ctx.parameter = weight  # where a deferred gradient goes: under recompute what is saved is a detached copy
+        full = start_all_gather(x, axis).wait() if sequence_parallel else x
+        # Into a fresh tensor: F.linear may return a view, which rotary could not rotate in place.
+        y = full.new_empty((*full.shape[:-1], weight.shape[0]))
+        rows, out = full.reshape(-1, full.shape[-1]), y.view(-1, weight.shape[0])
+        torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         x, weight = ctx.saved_tensors
         wants_dx, wants_dw, wants_db, *_ = ctx.needs_input_grad
+        if wants_dw and ctx.queue is not None and ctx.queue.defers:
+            ctx.queue.put(ctx.parameter, x, dy, ctx.axis if ctx.sequence_parallel else None)
+            wants_dw = False
         gathered = start_all_gather(x, ctx.axis) if ctx.sequence_parallel and wants_dw else Pending(x)
         dy_2d = dy.reshape(-1, dy.shape[-1])
         dx = dw = None
@@ -64,10 +80,23 @@ class _Linear(torch.autograd.Function):
         if wants_dw:
             dw = dy_2d.t() @ gathered.wait().reshape(-1, weight.shape[1])
         db = dy_2d.sum(0) if wants_db else None
-        return dx.wait() if dx is not None else None, dw, db, None, None
+        return dx.wait() if dx is not None else None, dw, db, None, None, None
 
 
-class ColumnParallelLinear(nn.Module):
+class _ParallelLinear(nn.Module):
+    """A layer whose weight gradient may be put off."""
+
+    weight_gradients: WeightGradients | None = None
+
+
+def defer_weight_gradients(model: nn.Module, queue: WeightGradients) -> None:
+    """Have every linear layer of `model` put its weight gradients into `queue` whenever that defers."""
+    for module in model.modules():
+        if isinstance(module, _ParallelLinear):
+            module.weight_gradients = queue
+
+
+class ColumnParallelLinear(_ParallelLinear):
     """A linear layer whose output features are split over the tensor-parallel ranks, possibly several fused into one.
 
     Args:
@@ -116,10 +145,10 @@ class ColumnParallelLinear(nn.Module):
         self.bias = factory.parameter(pieces("bias", decay=False)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.weight, self.bias, self.axis, self.sequence_parallel)
+        return _Linear.apply(x, self.weight, self.bias, self.axis, self.sequence_parallel, self.weight_gradients)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(_ParallelLinear):
     """A linear layer whose input features are split over the tensor-parallel ranks; outputs are summed over them.
 
     Args:
@@ -156,7 +185,7 @@ class RowParallelLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _Linear.apply(x, self.weight, None, ONE_RANK, False)
+        y = _Linear.apply(x, self.weight, None, ONE_RANK, False, self.weight_gradients)
         y = scatter_to(y, self.axis) if self.sequence_parallel else reduce_from(y, self.axis)
         return y if self.bias is None else y + self.bias
 
@@ -168,6 +197,7 @@ class VocabParallelEmbedding(nn.Module):
         num_embeddings: rows; must be divisible by the axis's size T.
         embedding_dim: D.
         sequence_parallel: the output is this rank's [S / T, B, D].
+        copy: which of two copies this is, where first and last pipeline stage are apart and share it; else None.
 
     Forward: token ids int64 [S, B] -> [S, B, D], or [S / T, B, D] with sequence parallelism.
     """
@@ -182,10 +212,13 @@ class VocabParallelEmbedding(nn.Module):
         init_std: float = 0.02,
         factory: Factory | None = None,
         name: str = "embedding",
+        copy: int | None = None,
     ) -> None:
         super().__init__()
         self.axis, self.sequence_parallel = axis, sequence_parallel
         piece = split(f"{name}.weight", (num_embeddings, embedding_dim), axis.rank, axis.size)
+        if copy is not None:
+            piece = piece.with_replicas(copy, 2, partial=False)
         self.weight = (factory or Factory()).parameter([piece.with_facts(init_std=init_std)])
         self.first_row = piece.box.start[0]
 

@@ -1,6 +1,22 @@
-"""Attention over a sequence that is split between ranks: kernels, and Ulysses, which wraps any of them."""
+"""Attention over a sequence that is split between ranks.
 
-from megasp.sequence_parallel.kernels import attend
+blocks        which queries see which keys: rectangles of three kinds of mask
+schedules     who computes them when, and what travels: ring, LightSeq, all-gather; drawn and simulated
+work          both, for one microbatch
+block_kernels attention of one block, with its log-sum-exp: the contract and every device's kernels
+cuda_kernels  the same on CUDA
+kernels       their names
+parcels       partial results, and tensors in one message
+attend        runs a schedule on the ring axis
+ulysses       exchanges sequence for heads around it
+attention     the whole, as the model uses it
+traffic       closed forms of the bytes
+"""
+
+from megasp.sequence_parallel.attend import Kept, attend
+from megasp.sequence_parallel.attention import SequenceAttention
+from megasp.sequence_parallel.blocks import Mask
 from megasp.sequence_parallel.ulysses import UlyssesAttention
+from megasp.sequence_parallel.work import Documents, Work
 
-__all__ = ["UlyssesAttention", "attend"]
+__all__ = ["Documents", "Kept", "Mask", "SequenceAttention", "UlyssesAttention", "Work", "attend"]

@@ -69,11 +69,11 @@ def phase_of(config: Config, layout: Layout) -> Phase:
     return first_phase(path, split, training.seq_length, training.seed, batch, megatron)
 
 
-def build_datasets(config: Config, phase: Phase) -> Datasets:
+def build_datasets(config: Config, phase: Phase | None = None) -> Datasets:
     """Open the corpora (nothing is built) or make synthetic data.
 
     Args:
-        phase: what training reads, `phase_of(config, layout)` in a new run.
+        phase: what training reads; without it, as at the beginning of a run.
 
     Raises:
         DataError: files that cannot be read, or a split that holds no sample.
@@ -85,6 +85,7 @@ def build_datasets(config: Config, phase: Phase) -> Datasets:
         # Another seed gives other samples for validation.
         held_out = {VALIDATION: MockDataset(vocab, length, training.seed + 1)} if training.eval_iters else {}
         return Datasets(MockDataset(vocab, length, training.seed), held_out, None)
+    phase = phase or phase_of(config, Layout())
     train = phase.dataset()
     if not training.eval_iters:
         return Datasets(train, {}, None)

@@ -13,14 +13,18 @@ import torch
 import torch.distributed as dist
 
 from megasp import checkpoints, log, parallel_state
+from megasp.config.context_parallel import split_context
 from megasp.config.load import load, parser, to_yaml
 from megasp.config.schema import Config
+from megasp.config.stages import split, table
 from megasp.config.validate import validate
 from megasp.data import BlendedDataset, Dataset, Loader
 from megasp.data.phases import Phase, describe
 from megasp.errors import DataError
 from megasp.model.flops import flops_per_token, parameter_count
-from megasp.training import resume
+from megasp.pipeline import trace
+from megasp.pipeline.schedules import placement
+from megasp.training import communication, resume
 from megasp.training.build import Training, build
 from megasp.training.datasets import Datasets, build_datasets, build_loader, constant_batch, resolve
 from megasp.training.devices import peak_tflops
@@ -37,11 +41,11 @@ MAX_SKIPPED_STEPS = 10
 def main(argv: Sequence[str], prog: str) -> int:
     """Run the command."""
     config, source, _, notes = load(argv, parser(prog, (__doc__ or "").strip()))
+    for note in notes:
+        log.info(note)
     if source.print_config:
         print(to_yaml(config), end="")
         return 0
-    for note in notes:
-        log.info(note)
     config = resolve(config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     layout = validate(config, world_size, _device_type(config))
@@ -113,11 +117,14 @@ class _Loop:
 
     def run(self, progress: Progress, train_steps: int) -> Progress:
         config = self.training.config
-        saved = progress.step
+        saved = start = progress.step
         while progress.step < train_steps:
             lr = learning_rate(progress.step, config.optimizer, train_steps)
             began = time.perf_counter()
-            result = train_step(self.training, self.loader.step(), lr)
+            microbatches = self.loader.step()
+            communication.reset(self.training)
+            with trace.recording(self.training.pipeline, self._trace_file(progress.step - start)):
+                result = train_step(self.training, microbatches, lr)
             progress = Progress(progress.step + 1, self.loader.consumed_samples, progress.tokens + result.tokens)
             self.metrics.step(
                 progress.step,
@@ -127,6 +134,8 @@ class _Loop:
                 tokens=progress.tokens,
                 seconds=time.perf_counter() - began,
             )
+            if config.logging.log_comm and (progress.step == 1 or progress.step % config.logging.log_interval == 0):
+                communication.report(self.training, microbatches)
             self._check_finite(progress, result)
             last = progress.step == train_steps
             reason = self.stop.reason(progress.step)
@@ -143,6 +152,10 @@ class _Loop:
                 break
         _say_what_next(config, progress, train_steps)
         return progress
+
+    def _trace_file(self, step: int) -> str | None:
+        """Where --trace writes what happens in step number `step` of this run: the first one warms up."""
+        return self.training.config.logging.trace if step == 1 else None
 
     def _check_finite(self, progress: Progress, result: StepResult) -> None:
         """Tell of a step whose gradient was NaN or infinite (it was not applied), and end a run of many such."""
@@ -184,6 +197,11 @@ def _introduce(training: Training, datasets: Datasets, phases: Sequence[Phase], 
     dtype = str(next(training.model.parameters()).dtype).removeprefix("torch.")
     steps = config.train_steps(layout)
     log.info(f"layout {layout.name}: {layout.describe()}, on {training.state.device.type}")
+    context = split_context(config)
+    if context.reason and layout.cp > 1:
+        log.info(f"context parallel {layout.cp}: {context.reason}")
+    for line in _stage_table(config):
+        log.info(line)
     log.info(
         f"model: {parameter_count(model):,} parameters, {model.num_layers} layers, hidden {model.hidden_size}, "
         f"vocabulary {model.padded_vocab_size}; compute in {dtype}, attention kernel {training.attention_kernel}"
@@ -204,6 +222,15 @@ def _introduce(training: Training, datasets: Datasets, phases: Sequence[Phase], 
     )
     if config.checkpoint.save and training.state.rank == 0:
         Path(config.checkpoint.save, "config.yaml").write_text(to_yaml(config))
+
+
+def _stage_table(config: Config) -> list[str]:
+    """Schedule and stages, where there is a pipeline."""
+    plan = config.pipeline
+    if plan.ranks == 1:
+        return []
+    owner = placement(plan.schedule, plan.ranks, plan.chunks)
+    return [f"pipeline: {plan.schedule}, {plan.stages} stages on {plan.ranks} ranks", *table(split(config), owner)]
 
 
 def _say_what_next(config: Config, progress: Progress, train_steps: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megasp.collectives import all_reduce_
 from megasp.data import Batch
-from megasp.data_parallel import clip_, global_norm, sum_partial_
+from megasp.data_parallel import clip_, global_norm, sum_partial_, sum_tied_
 from megasp.training.build import Training
 from megasp.training.optimizer import set_learning_rate
 
@@ -38,15 +38,11 @@ def accumulate_gradients(training: Training, microbatches: Sequence[Batch]) -> t
     """Leave the gradient of the global batch's loss on the master weights; return that loss and its token count."""
     training.model.train()
     tokens = _count(training, microbatches)
-    total = torch.zeros((), dtype=torch.float64, device=training.state.device)
-    for index, batch in enumerate(microbatches):
-        training.replicas.begin_microbatch(last=index == len(microbatches) - 1)
-        loss_sum = _forward(training, batch, with_dropout=True)
-        (loss_sum / max(tokens, 1)).backward()
-        total += loss_sum.detach()
+    total = training.pipeline.train(microbatches, max(tokens, 1))
     training.replicas.finish()
     sum_partial_(training.replicas.masters, training.state.tp)
-    return (all_reduce_(total, training.state.gradients) / max(tokens, 1)).item(), tokens
+    sum_tied_(training.tied, training.state.ends)
+    return _mean(training, total, tokens), tokens
 
 
 def apply_gradients(training: Training, lr: float) -> float:
@@ -72,25 +68,17 @@ def evaluate(training: Training, steps: Iterable[Sequence[Batch]]) -> float:
     tokens = 0
     for batches in steps:
         tokens += _count(training, batches)
-        for batch in batches:
-            total += _forward(training, batch, with_dropout=False)
-    return (all_reduce_(total, training.state.gradients) / max(tokens, 1)).item()
+        total += training.pipeline.evaluate(batches)
+    return _mean(training, total, tokens)
+
+
+def _mean(training: Training, total: Tensor, tokens: int) -> float:
+    """Loss per token from this rank's sum of losses, which only the ranks of the last stage have."""
+    all_reduce_(all_reduce_(total, training.state.gradients), training.state.pp)
+    return (total / max(tokens, 1)).item()
 
 
 def _count(training: Training, batches: Sequence[Batch]) -> int:
     """Unmasked target tokens of all ranks."""
     count = torch.tensor(sum(float(batch.loss_mask.sum(dtype="float64")) for batch in batches), dtype=torch.float64)
     return int(all_reduce_(count.to(training.state.device), training.state.gradients).item())
-
-
-def _forward(training: Training, batch: Batch, with_dropout: bool) -> Tensor:
-    """Sum of the token losses of this rank's shard of one microbatch."""
-
-    def here(array: object) -> Tensor:
-        return torch.as_tensor(array).to(training.state.device, non_blocking=True)
-
-    samples = here(batch.samples) if with_dropout else None
-    position_ids = None if batch.position_ids is None else here(batch.position_ids)
-    return training.model(
-        here(batch.tokens), here(batch.labels), here(batch.loss_mask), here(batch.positions), samples, position_ids
-    )

@@ -95,7 +95,7 @@ def test_verify_finds_damage(corpus, said, damage, message):
 def test_explain_names_what_the_step_reads(corpus, said):
     data = corpus([30, 30, 30, 10])
     flags = ["--seq-length", "8", "--global-batch-size", "4", "--split", "1", "--tokenizer-type", "ByteTokenizer"]
-    assert call(explain, "--data-path", data.prefix, "--step", "3", *flags) == 0
+    assert call(explain, data.prefix, "--step", "3", *flags) == 0
     assert "step 3 reads samples 8 to 11" in said.text
     dataset = GPTDataset(data, (0, 4), 8, seed=1234)
     for k in range(8, 12):
@@ -106,7 +106,7 @@ def test_explain_names_what_the_step_reads(corpus, said):
     with pytest.raises(DataError, match="no --load"):
         call(explain, "--step", "3")
     with pytest.raises(DataError, match="--step is 0"):
-        call(explain, "--data-path", data.prefix, "--step", "0", *flags)
+        call(explain, data.prefix, "--step", "0", *flags)
 
 
 def test_explain_shows_both_ends_of_a_sample_that_wraps(corpus):

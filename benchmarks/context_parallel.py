@@ -1,0 +1,220 @@
+"""Attention over a split sequence, every mode, beside DeepSpeed's DistributedAttention on the same input (gloo ranks).
+
+    python benchmarks/context_parallel.py [--worlds 2 4] [--kv-heads 16 4] [--seq-length 4096] [--documents 512]
+    python benchmarks/context_parallel.py --draw 8          # steps of the modes, and their balance
+    python benchmarks/context_parallel.py --scale           # 65,536 tokens, ring of 8, against one process
+
+One row a mode, forward and backward of one attention: bytes and messages that the busiest rank sent (and that they are
+those of the closed forms), milliseconds (median), balance (mean over most (query, key) pairs of a rank), and the same
+step by step, as ranks that wait for each other see it. DeepSpeed runs if it is installed; its bytes are counted at
+torch.distributed. It refuses fewer kv heads than ranks.
+"""
+
+import argparse
+import contextlib
+import itertools
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megasp import parallel_state, verify
+from megasp.config.layout import Layout
+from megasp.config.load import load, parser
+from megasp.local_ranks import run_ranks
+from megasp.parallel_state import Traffic
+from megasp.sequence_parallel import SequenceAttention, Work
+from megasp.sequence_parallel.schedules import SCHEDULES, draw, simulate
+from megasp.sequence_parallel.traffic import AttentionShape, ring_traffic, ulysses_traffic
+from megasp.shard_map import ShardMap
+
+MODES = {"a2a": "p2p", "p2p": "p2p", "all_gather": "all_gather", "lightseq": "lightseq", "a2a+p2p": "p2p"}
+"""Mode -> how its ring exchanges."""
+
+
+def sizes(mode: str, world: int) -> tuple[int, int] | None:
+    """(Ulysses, ring) of a mode; None where it has no such split."""
+    if mode == "a2a":
+        return world, 1
+    if mode == "a2a+p2p":
+        return (2, world // 2) if world % 2 == 0 and world > 2 else None
+    return 1, world
+
+
+def inputs(a: argparse.Namespace, kv_heads: int) -> list[Tensor]:
+    """q, k, v and the output's gradient of the whole sequence, the same on every rank: [S, 1, heads, H]."""
+    generator = torch.Generator().manual_seed(0)
+    heads = (a.heads, kv_heads, kv_heads, a.heads)
+    return [torch.randn(a.seq_length, 1, count, a.head_dim, generator=generator) for count in heads]
+
+
+def timed(run: Callable[[], None], steps: int) -> float:
+    """Median milliseconds over steps that all ranks begin together."""
+    times = []
+    for _ in range(steps + 1):
+        dist.barrier()
+        began = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(times[1:])
+
+
+def balance(work: Work) -> tuple[float, float]:
+    """(mean over most work of a rank, the same when ranks wait for each other after every step)."""
+    ranks = len(work.held)
+    loads = [sum(work.pairs(task) for task in work.tasks(rank)) for rank in range(ranks)]
+    return statistics.mean(loads) / max(loads), simulate(work.schedule.forward, ranks, work.pairs)[1]
+
+
+def measure(a: argparse.Namespace, mode: str, kv_heads: int) -> dict[str, Any]:
+    """One mode on this rank."""
+    world = dist.get_world_size()
+    ulysses, ring = sizes(mode, world) or (1, world)
+    state = parallel_state.build(Layout(ulysses=ulysses, ring=ring), torch.device("cpu"))
+    straight = mode in ("a2a", "lightseq")
+    shards = ShardMap.contiguous(a.seq_length, world) if straight else ShardMap.zigzag(a.seq_length, ring, ulysses)
+    here = torch.as_tensor(shards.positions(state.cp.rank))
+    *qkv, dout = (x[here] for x in inputs(a, kv_heads))
+    attend = SequenceAttention(state, shards, comm=MODES[mode])
+    documents = [np.arange(0, a.seq_length, a.documents)] if a.documents else None
+    work = attend.work(len(here), a.heads, kv_heads, documents)
+
+    def run() -> None:
+        for x in qkv:
+            x.grad = None
+            x.requires_grad_()
+        for axis in (state.ulysses, state.ring):
+            axis.traffic.reset()
+        attend(*qkv, work).backward(dout)
+
+    milliseconds = timed(run, a.steps)
+    shape = AttentionShape(len(here), 1, a.heads, kv_heads, a.head_dim, torch.float32)
+    formula, sent = Traffic(), Traffic()
+    for direction in (
+        *ring_traffic(shape, work, ulysses, state.ulysses.rank, state.ring.rank),
+        *ulysses_traffic(shape, ulysses, state.ulysses.rank),
+    ):
+        formula.add_all(direction)
+    for axis in (state.ulysses, state.ring):
+        sent.add_all(axis.traffic)
+    return {
+        "bytes": sent.total_bytes,
+        "messages": sent.total_calls,
+        "exact": (sent.total_bytes, sent.total_calls) == (formula.total_bytes, formula.total_calls),
+        "ms": milliseconds,
+        "balance": balance(work),
+    }
+
+
+def measure_deepspeed(a: argparse.Namespace, kv_heads: int) -> dict[str, Any]:
+    """DistributedAttention around torch's scaled_dot_product_attention."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with contextlib.redirect_stdout(sys.stderr):
+        import deepspeed
+        from deepspeed.sequence.layer import DistributedAttention
+
+        deepspeed.init_distributed("gloo", verbose=False)
+    sent = Traffic()
+    plain = dist.all_to_all_single
+
+    def counted(output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        world = dist.get_world_size(kwargs.get("group"))
+        sent.add("all_to_all", input.nbytes * (world - 1) // world)
+        return plain(output, input, *args, **kwargs)
+
+    class Local(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    world, rank = dist.get_world_size(), dist.get_rank()
+    *qkv, dout = (x.transpose(0, 1).chunk(world, 1)[rank].contiguous() for x in inputs(a, kv_heads))
+    attention = DistributedAttention(Local(), dist.group.WORLD, scatter_idx=2, gather_idx=1)
+
+    def run() -> None:
+        sent.reset()
+        for x in qkv:
+            x.grad = None
+            x.requires_grad_()
+        attention(*qkv, 0).backward(dout)
+
+    dist.all_to_all_single = counted
+    milliseconds = timed(run, a.steps)
+    return {"bytes": sent.total_bytes, "messages": sent.total_calls, "exact": None, "ms": milliseconds, "balance": None}
+
+
+def compare(a: argparse.Namespace) -> None:
+    documents = f"documents of {a.documents}" if a.documents else "one document"
+    print(f"{a.seq_length} tokens, {documents}, {a.heads} heads of {a.head_dim}, fp32, one thread a rank")
+    print("ranks  kv  mode                 MiB sent  closed form  messages        ms  balance, by step")
+    for world, kv_heads in itertools.product(a.worlds, a.kv_heads):
+        for mode in MODES:
+            if sizes(mode, world):
+                line(world, kv_heads, mode, run_ranks(measure, world, a, mode, kv_heads, timeout=600))
+        if a.deepspeed and kv_heads >= world and not a.documents:
+            line(world, kv_heads, "DeepSpeed", run_ranks(measure_deepspeed, world, a, kv_heads, timeout=600))
+
+
+def line(world: int, kv_heads: int, name: str, ranks: list[dict[str, Any]]) -> None:
+    busiest = max(ranks, key=lambda rank: rank["bytes"])
+    exact = {rank["exact"] for rank in ranks}
+    formula = "-" if exact == {None} else "DIFFERS" if False in exact else "equal"
+    balances = "{:.2f}, {:.2f}".format(*busiest["balance"]) if busiest["balance"] else "-"
+    mib, ms = busiest["bytes"] / 2**20, max(rank["ms"] for rank in ranks)
+    row = f"{world:5} {kv_heads:3}  {name:19} {mib:9.2f} {formula:>12} {busiest['messages']:9} {ms:9.1f}  {balances}"
+    print(row, flush=True)
+
+
+def draw_modes(ranks: int) -> None:
+    """Steps of the forward of every mode, dense causal, with the time in units of a full pair of shards."""
+    for mode in SCHEDULES:
+        each = 64
+        shards = (ShardMap.contiguous if mode == "lightseq" else ShardMap.zigzag)(each * ranks, ranks)
+        work = Work(shards.by_ring(1), comm=mode)
+        length, even = simulate(work.schedule.forward, ranks, work.pairs)
+        print(f"{mode}: {length / each**2:.2f} long, balance {even:.2f}\n{draw(work.schedule.forward, ranks)}\n")
+
+
+def scale() -> None:
+    """A model of one layer and hidden size 128 on 65,536 tokens: a ring of 8 against one process."""
+    flags = (
+        "--num-layers 1 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 2 --num-query-groups 1 "
+        "--seq-length 65536 --global-batch-size 1 --hidden-dropout 0"
+    )
+    config, *_ = load(flags.split(), parser("scale", "", [verify.Options]), verify.Options, verify.DEFAULTS)
+    began = time.perf_counter()
+    for layout, worst in verify.compare(verify.resolve(config), [Layout(ring=8)], steps=1, dtype="fp32"):
+        seconds = time.perf_counter() - began
+        print(
+            f"{layout.name}: loss differs by {worst.loss:.1e}, gradients by {worst.gradient[0]:.1e} ({seconds:.0f} s)"
+        )
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--worlds", type=int, nargs="+", default=[2, 4])
+    p.add_argument("--kv-heads", type=int, nargs="+", default=[16, 4])
+    for name, default in {"seq-length": 4096, "heads": 16, "head-dim": 64, "steps": 3, "documents": 0}.items():
+        p.add_argument(f"--{name}", type=int, default=default)
+    p.add_argument("--no-deepspeed", dest="deepspeed", action="store_false", help="leave the peer out")
+    p.add_argument("--draw", type=int, metavar="RANKS", help="draw the schedules")
+    p.add_argument("--scale", action="store_true", help="one long sequence")
+    a = p.parse_args()
+    if a.draw:
+        draw_modes(a.draw)
+    elif a.scale:
+        scale()
+    else:
+        compare(a)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The CUDA attention kernels: right against the mathematics, and how fast.
+
+    python benchmarks/gpu/attention.py [--seq-lengths 4096 16384 65536] [--heads 32] [--kv-heads 8] [--head-dim 128]
+
+First every kernel that this machine has does blocks of every kind, packed documents, and merged windows, forward and
+backward, in bf16, against fp32 mathematics: the largest error relative to the largest value (bf16 rounds at 4e-3). Then
+TFLOP/s of causal attention, forward and backward. Without a CUDA device it says so and ends.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megasp.config.kernels import ATTENTION_KERNELS
+from megasp.sequence_parallel import Mask, Work, attend
+from megasp.sequence_parallel.kernels import available
+
+CHECKS = {
+    "causal": (Mask(), None),
+    "documents": (Mask(), [np.array([0, 1, 2, 130, 131, 400]), np.array([0, 77])]),
+    "window": (Mask(100), None),
+    "window, sinks, documents": (Mask(37, 3), [np.array([0, 1, 2, 130, 131, 400]), np.array([0, 77])]),
+}
+
+
+def inputs(length: int, samples: int, a: argparse.Namespace) -> list[Tensor]:
+    generator = torch.Generator("cuda").manual_seed(0)
+    heads = (a.heads, a.kv_heads, a.kv_heads, a.heads)
+    shapes = [(length, samples, count, a.head_dim) for count in heads]
+    return [torch.randn(shape, generator=generator, device="cuda").bfloat16() for shape in shapes]
+
+
+def results(tensors: list[Tensor], work: Work, name: str) -> list[Tensor]:
+    """out, dq, dk, dv."""
+    *qkv, dout = tensors
+    qkv = [x.requires_grad_() for x in qkv]
+    out, _ = attend(*qkv, work, backend=name)
+    return [out, *torch.autograd.grad(out, qkv, dout)]
+
+
+def check(name: str, a: argparse.Namespace) -> None:
+    """Errors of a kernel where a shard has two ranges, as in a ring."""
+    tensors = inputs(512, 2, a)
+    for title, (mask, documents) in CHECKS.items():
+        work = Work((((0, 256), (300, 556)),), mask, documents)
+        want = results([x.detach().float() for x in tensors], work, "unfused")
+        got = results([x.detach() for x in tensors], work, name)
+        errors = [float((x - y).abs().max() / y.abs().max()) for x, y in zip(got, want, strict=True)]
+        shown = " ".join(f"{part} {error:.1e}" for part, error in zip(("out", "dq", "dk", "dv"), errors, strict=True))
+        print(f"{name:14} {title:26} {shown}  {'ok' if max(errors) < 2e-2 else 'WRONG'}")
+
+
+def milliseconds(run: Callable[[], object], repeats: int = 10) -> float:
+    for _ in range(3):
+        run()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / repeats
+
+
+def speed(name: str, length: int, a: argparse.Namespace) -> None:
+    """TFLOP/s; the backward is five products where the forward is two."""
+    *qkv, dout = inputs(length, 1, a)
+    qkv = [x.requires_grad_() for x in qkv]
+    work = Work((((0, length),),))
+    forward = milliseconds(lambda: attend(*qkv, work, backend=name))
+    out, _ = attend(*qkv, work, backend=name)
+    backward = milliseconds(lambda: torch.autograd.grad(out, qkv, dout, retain_graph=True))
+    operations = 2 * length * length * a.heads * a.head_dim  # q k^T and p v, of half the pairs
+    rates = operations / forward / 1e9, 2.5 * operations / backward / 1e9
+    print(f"{name:14} {length:8} tokens   forward {rates[0]:7.1f}   backward {rates[1]:7.1f} TFLOP/s")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--seq-lengths", type=int, nargs="+", default=[4096, 16384, 65536])
+    for option, default in {"heads": 32, "kv-heads": 8, "head-dim": 128}.items():
+        p.add_argument(f"--{option}", type=int, default=default)
+    a = p.parse_args()
+    if not torch.cuda.is_available():
+        print("skipped: this machine has no CUDA device")
+        return
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, bf16")
+    names = [name for name, here, _ in available() if here and "bfloat16" in ATTENTION_KERNELS[name].devices["cuda"]]
+    for name in names:
+        check(name, a)
+    for name in names:
+        for length in a.seq_lengths if name != "unfused" else ():
+            speed(name, length, a)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Pipeline parallelism: a schedule is data; the same lists run, simulate and draw."""

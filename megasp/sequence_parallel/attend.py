@@ -1,0 +1,199 @@
+"""Attention over a sequence that is split over the ring axis: runs the steps of a schedule.
+
+Every mode (ring, LightSeq, all-gather; one rank alone) is the same loop here. A step posts its messages, computes its
+tasks block by block while they travel, and takes what arrived. What arrives is used in the next step and then let go.
+Partial outputs and gradients are summed in fp32 or wider.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megasp.parallel_state import Axis
+from megasp.sequence_parallel.block_kernels import AttentionDropout, Kernel, Options, VarlenKernel
+from megasp.sequence_parallel.blocks import Block, Mask
+from megasp.sequence_parallel.kernels import KERNELS, choose
+from megasp.sequence_parallel.packing import Pack
+from megasp.sequence_parallel.parcels import Partial
+from megasp.sequence_parallel.schedules import DKV, DQ, KV, OUT, Q, Step, Task
+from megasp.sequence_parallel.transport import Key, Transport
+from megasp.sequence_parallel.work import Work
+
+ONE_RANK = Axis("ring")
+
+
+@dataclass
+class Kept:
+    """Out and lse of one attention, for a recompute of its layer that does not run attention again."""
+
+    result: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One attention on this rank."""
+
+    work: Work
+    axis: Axis
+    kernel: Kernel
+    options: Options
+    kept: Kept | None = None
+
+    def heads(self, heads: int, part: int) -> slice:
+        """Those of `heads` heads that belong to one part."""
+        each = heads // self.work.schedule.parts
+        return slice(part * each, (part + 1) * each)
+
+    def own_keys(self, k: Tensor, v: Tensor) -> dict[Key, tuple[Tensor, ...]]:
+        """This rank's keys and values, by part of the heads."""
+        parts = [self.heads(k.shape[1], part) for part in range(self.work.schedule.parts)]
+        return {(KV, self.axis.rank, part): (k[:, heads], v[:, heads]) for part, heads in enumerate(parts)}
+
+    def tasks(self, transport: Transport, steps: tuple[Step, ...]) -> Iterator[Task]:
+        """This rank's tasks, with each step's messages on their way meanwhile."""
+        for step in transport.steps(steps):
+            yield from (task for task in step.tasks if task.rank == self.axis.rank)
+
+
+def _index(block: Block, columns: tuple[int, int], heads: slice) -> tuple[slice, slice, slice]:
+    """The samples, heads and columns of a block in a tensor [B, heads, S, ...]."""
+    return slice(None) if block.row is None else slice(block.row, block.row + 1), heads, slice(*columns)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, job: _Job) -> tuple[Tensor, Tensor]:
+    """out [B, N, S, H] in q's dtype and lse [B, N, S] of this rank's queries."""
+    work, rank = job.work, job.axis.rank
+    if work.whole is not None:
+        return job.kernel.forward(q, k, v, work.whole, job.options)
+    own, mine = job.own_keys(k, v), Partial(q)
+    like = {KV: own[KV, rank, 0], Q: (q,), OUT: (mine.lse, q)}
+    transport = Transport(job.axis, {**own, (Q, rank, 0): (q,)}, like)
+    transport.outputs[rank] = mine
+    for task in job.tasks(transport, work.schedule.forward):
+        heads = job.heads(q.shape[1], task.part)
+        options = job.options.for_heads(heads.start)
+        (queries,), (keys, values) = transport.held((Q, task.q, 0)), transport.held((KV, task.k, task.part))
+        output = transport.output(task.q, q)
+        for call in work.calls(task.q, task.k, isinstance(job.kernel, VarlenKernel)):
+            if isinstance(call, Pack):
+                tensors, lengths = call.take((queries[:, heads],), (keys, values))
+                out, lse = job.kernel.forward_varlen(*tensors, *lengths, call.causal, options.scale)  # type: ignore[attr-defined]
+                output.merge_columns(out.transpose(0, 1)[None], lse[None], call.rows, heads, call.q(q.device)[0])
+                continue
+            rows, columns = _index(call, call.q, heads), _index(call, call.k, slice(None))
+            out, lse = job.kernel.forward(queries[rows], keys[columns], values[columns], call, options)
+            output.merge(out, lse, rows)
+    return mine.out.to(q.dtype), mine.lse
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, job: _Job
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of this rank's shards."""
+    work, rank = job.work, job.axis.rank
+    if work.whole is not None:
+        return job.kernel.backward(dout, q, k, v, out, lse, work.whole, job.options)
+    own, queries = job.own_keys(k, v), (lse, q, dout, out)
+    wide_kv = tuple(lse.new_empty(()).expand(x.shape) for x in own[KV, rank, 0])  # shapes and a dtype, no memory
+    like = {KV: own[KV, rank, 0], Q: queries, DKV: wide_kv, DQ: (lse.new_empty(()).expand(q.shape),)}
+    transport = Transport(job.axis, {**own, (Q, rank, 0): queries}, like)
+    for task in job.tasks(transport, work.schedule.backward):
+        heads = job.heads(q.shape[1], task.part)
+        held, keys = transport.held((Q, task.q, 0)), transport.held((KV, task.k, task.part))
+        (dq,), dkv = transport.sum((DQ, task.q, 0)).tensors, transport.sum((DKV, task.k, task.part)).tensors
+        mine, sums = tuple(x[:, heads] for x in held), (dq[:, heads], *dkv)
+        for call in work.calls(task.q, task.k, isinstance(job.kernel, VarlenKernel)):
+            if isinstance(call, Pack):
+                _backward_pack(mine, keys, sums, call, job)
+            else:
+                _backward_block(mine, keys, sums, call, job, job.options.for_heads(heads.start))
+    (dq,) = transport.sum((DQ, rank, 0)).tensors
+    by_part = [transport.sum((DKV, rank, part)).tensors for part in range(work.schedule.parts)]
+    dk, dv = (torch.cat(tensors, 1) if len(by_part) > 1 else tensors[0] for tensors in zip(*by_part, strict=True))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+Tensors = tuple[Tensor, ...]
+
+
+def _backward_block(held: Tensors, keys: Tensors, sums: Tensors, block: Block, job: _Job, options: Options) -> None:
+    """Add one block's gradients to `sums` (dq, dk, dv); `held` is lse, q, dout and out."""
+    rows, columns = _index(block, block.q, slice(None)), _index(block, block.k, slice(None))
+    lse, q, dout, out = (x[rows] for x in held)
+    k, v = (x[columns] for x in keys)
+    gradients = job.kernel.backward(dout, q, k, v, out, lse.contiguous(), block, options)
+    for total, gradient, index in zip(sums, gradients, (rows, columns, columns), strict=True):
+        total[index] += gradient
+
+
+def _backward_pack(held: Tensors, keys: Tensors, sums: Tensors, pack: Pack, job: _Job) -> None:
+    """The same for a pack."""
+    (q, dout, out, k, v), lengths = pack.take(held[1:], keys)
+    columns = pack.q(q.device)[0]
+    lse = held[0][pack.row].index_select(1, columns).contiguous()
+    gradients = job.kernel.backward_varlen(  # type: ignore[attr-defined]
+        dout, q, k, v, out, lse, *lengths, pack.causal, job.options.scale
+    )
+    places = columns, pack.k(q.device)[0], pack.k(q.device)[0]
+    for total, gradient, place in zip(sums, gradients, places, strict=True):
+        total[pack.row].index_add_(1, place, gradient.transpose(0, 1).to(total.dtype))
+
+
+class _Attend(torch.autograd.Function):
+    """Saves this rank's q, k, v, out and lse."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, job: _Job) -> tuple[Tensor, Tensor]:
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+        kept = job.kept.result if job.kept is not None else None
+        out, lse = kept or _forward(q, k, v, job)
+        if job.kept is not None:
+            job.kept.result = (out, lse) if kept is None else None
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.job = job
+        ctx.mark_non_differentiable(lse)
+        return out.permute(2, 0, 1, 3), lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        gradients = _backward(dout.permute(1, 2, 0, 3), q, k, v, out, lse, ctx.job)
+        return *(x.permute(2, 0, 1, 3) for x in gradients), None
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    work: Work | None = None,
+    *,
+    axis: Axis = ONE_RANK,
+    backend: str = "auto",
+    causal: bool = True,
+    scale: float | None = None,
+    dropout: AttentionDropout | None = None,
+    kept: Kept | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of this rank's queries over the keys of all ranks of `axis`.
+
+    Args:
+        q: [S, B, N, H], the positions `work.held[axis.rank]`.
+        k, v: [S, B, G, H], the same positions; G divides N.
+        work: what to compute where; attention over the S positions of one rank without it.
+        axis: the ring axis; every rank of it calls this with the same `work`.
+        backend: a kernel's name, or "auto".
+        causal: without `work`, whether position i sees only keys at or before i.
+        scale: of the scores; 1 / sqrt(H) without it.
+        dropout: of the probabilities; only "unfused" serves it.
+        kept: filled by a first call, and used instead of computing by the second, which empties it.
+    Returns:
+        out [S, B, N, H] and lse [B, N, S] (not differentiable).
+    """
+    probability = dropout.probability if dropout is not None else 0.0
+    name = choose(backend, q.device.type, q.dtype, probability, q.shape[-1])
+    work = work or Work((((0, q.shape[0]),),), Mask(causal=causal))
+    options = Options(scale or q.shape[-1] ** -0.5, dropout)
+    return _Attend.apply(q, k, v, _Job(work, axis, KERNELS[name, q.device.type], options, kept))

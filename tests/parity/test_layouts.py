@@ -1,0 +1,72 @@
+"""Promise 1: any layout trains as one process does. Loss, every gradient, weights after three steps, in fp64.
+
+One test per architecture runs every legal (tensor, Ulysses, data) factorisation of 2, 4 and 8 for the first, and a
+sample of them for the others (all with MEGASP_FULL_MATRIX=1).
+"""
+
+import itertools
+import os
+import random
+from typing import Any
+
+import pytest
+
+from megasp.config.layout import Layout
+from megasp.config.load import from_values
+from megasp.config.validate import validate
+from megasp.errors import ConfigError
+from megasp.verify import DEFAULTS, TOLERANCES, compare, in_layout
+
+LAYOUTS = [
+    Layout(tp=tp, ulysses=ulysses, dp_inner=dp)
+    for tp, ulysses, dp in itertools.product((1, 2, 4, 8), repeat=3)
+    if tp * ulysses * dp in (2, 4, 8)
+]
+SAMPLE = 6
+
+GPT2 = {
+    "normalization": "LayerNorm",
+    "position_embedding_type": "learned_absolute",
+    "max_position_embeddings": 32,
+    "swiglu": False,
+    "add_bias_linear": True,
+    "num_query_groups": None,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama-gqa-tied-sp": {"sequence_parallel": True},
+    "llama-gqa-untied": {"untie_embeddings_and_output_weights": True, "hidden_dropout": 0.0},
+    "llama-mqa-qk-norm-sp": {"num_query_groups": 1, "qk_layernorm": True, "sequence_parallel": True},
+    "gpt2-mha-dropout": {**GPT2, "attention_dropout": 0.1},
+    "gpt2-mha-untied-sp": {**GPT2, "sequence_parallel": True, "untie_embeddings_and_output_weights": True},
+    "squared-relu-qkv-bias-partial-rotary": {
+        "swiglu": False, "squared_relu": True, "add_qkv_bias": True, "rotary_percent": 0.5, "micro_batch_size": 1,
+        "use_rope_scaling": True, "hidden_dropout": 0.0,
+    },
+    "recompute-sp": {"recompute_granularity": "full", "sequence_parallel": True, "attention_dropout": 0.1},
+}  # fmt: skip
+
+
+def legal(config: Any, layout: Layout) -> bool:
+    try:
+        validate(in_layout(config, layout), layout.world_size)
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_same_training(name: str) -> None:
+    config = from_values(DEFAULTS | ARCHITECTURES[name])
+    layouts = [layout for layout in LAYOUTS if legal(config, layout)]
+    everything = name == next(iter(ARCHITECTURES)) or os.environ.get("MEGASP_FULL_MATRIX")
+    if not everything:
+        layouts = random.Random(name).sample(layouts, SAMPLE)
+    assert layouts
+    for layout, worst in compare(config, layouts):
+        assert worst.overall <= TOLERANCES["fp64"], (layout.name, worst)
+
+
+def test_illegal_layouts_are_refused_before_anything_runs() -> None:
+    config = from_values(DEFAULTS)
+    with pytest.raises(ConfigError, match="ulysses-size 16"):
+        list(compare(config, [Layout(tp=2), Layout(ulysses=16)]))

@@ -1,0 +1,234 @@
+"""Every rule of `validate`: its sentence holds what was given, the rule, and values that themselves pass."""
+
+import ast
+import dataclasses
+import inspect
+import traceback
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from megasp.config import validate as module
+from megasp.config.load import from_values
+from megasp.config.presets import PRESETS
+from megasp.config.schema import Config
+from megasp.config.validate import nearest, validate
+from megasp.errors import ConfigError
+
+BASE: dict[str, Any] = {
+    "num_layers": 2, "hidden_size": 64, "num_attention_heads": 8, "group_query_attention": True,
+    "num_query_groups": 4, "seq_length": 32,
+    "position_embedding_type": "rope", "vocab_size": 512, "attention_dropout": 0.0, "hidden_dropout": 0.0,
+    "mock_data": True, "train_iters": 10, "lr": 1e-3,
+}  # fmt: skip
+TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration that breaks one rule.
+
+    Args:
+        id: name of the rule.
+        given: what differs from `BASE`; "world" is the number of ranks.
+        got, rule: words that the sentence must hold.
+        cures: words of the fix -> what to change so that the configuration passes.
+    """
+
+    id: str
+    given: dict[str, Any]
+    got: str
+    rule: str
+    cures: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def numbers(key: str, *values: Any, world: int | None = None) -> dict[str, dict[str, Any]]:
+    """Cures of the kind "use 2 or 4"; with `world` a size of an axis, whose ranks are started with it."""
+    return {str(v): {key: v} | ({"world": v * world} if world else {}) for v in values}
+
+
+HEADS12 = {"num_attention_heads": 12, "hidden_size": 96, "seq_length": 36, "make_vocab_size_divisible_by": 12}
+
+CASES = [
+    # The model
+    Case("layers", {"num_layers": 0}, "--num-layers", "positive", {"positive": {"num_layers": 1}}),
+    Case("hidden", {"hidden_size": -8}, "--hidden-size is -8", "positive", {"positive": {"hidden_size": 64}}),
+    Case("heads", {"num_attention_heads": 0}, "--num-attention-heads", "positive", {"": {"num_attention_heads": 8}}),
+    Case("seq", {"seq_length": 0}, "--seq-length", "positive", {"": {"seq_length": 32}}),
+    Case("pad", {"make_vocab_size_divisible_by": -1}, "is -1", "positive", {"": {"make_vocab_size_divisible_by": 1}}),
+    Case("heads-hidden", {"num_attention_heads": 6, "num_query_groups": None}, "64 and num-attention-heads 6",
+         "must divide the hidden size", numbers("num_attention_heads", 4, 8)),
+    Case("heads-hidden-channels", {"num_attention_heads": 6, "num_query_groups": 2}, "6", "kv-channels",
+         {"": {"kv_channels": 16}}),
+    Case("groups", {"num_query_groups": 3}, "num-attention-heads 8 and num-query-groups 3", "equally many",
+         numbers("num_query_groups", 2, 4)),
+    Case("rotary", {"rotary_percent": 0.1}, "head size 8 and rotary-percent 0.1", "at least two channels",
+         {"larger": {"kv_channels": 32}, "share": {"rotary_percent": 0.25}}),
+    Case("rope-scaling", {"use_rope_scaling": True, "position_embedding_type": "none"}, "--use-rope-scaling",
+         "rotary", {"--position-embedding-type rope": {"position_embedding_type": "rope"}}),
+    Case("activations", {"swiglu": True, "squared_relu": True}, "--swiglu and --squared-relu", "one activation",
+         {"leave one out": {"swiglu": False}}),
+    Case("positions", {"position_embedding_type": "learned_absolute", "max_position_embeddings": 16},
+         "seq-length 32 and max-position-embeddings 16", "must cover", numbers("max_position_embeddings", 32)),
+    Case("hidden-dropout", {"hidden_dropout": 1.0}, "hidden-dropout 1.0", "below 1", numbers("hidden_dropout", 0.1, 0)),
+    Case("attention-dropout", {"attention_dropout": -0.5}, "attention-dropout -0.5", "probability",
+         numbers("attention_dropout", 0.1, 0)),
+    # The layout
+    Case("tp", {TP: -2}, "--tensor-model-parallel-size is -2", "positive", {"positive": {TP: 1}}),
+    Case("ulysses", {"ulysses_size": -2}, "--ulysses-size is -2", "positive", {"positive": {"ulysses_size": 1}}),
+    Case("pp", {PP: 2, "world": 2}, "pipeline-model-parallel-size 2", "not built yet", numbers(PP, 1)),
+    Case("ring", {"ring_size": -2}, "--ring-size is -2", "positive", {"positive": {"ring_size": 1}}),
+    Case("world", {TP: 4, "world": 6}, "tensor 4 x pipeline 1 x Ulysses 1 x ring 1 = 4 on 6 ranks",
+         "must divide the number of ranks", numbers("world", 4, 8)),
+    Case("cp-positive", {CP: -1}, "--context-parallel-size is -1", "positive", {"positive": {CP: 1}}),
+    Case("cp-type", {"cp_comm_type": "ring"}, "cp-comm-type ring", "a2a, p2p, a2a+p2p, all_gather",
+         {"a2a": {"cp_comm_type": "a2a"}}),
+    Case("cp-a2a", {"ring_size": 2, "cp_comm_type": "a2a", "world": 2}, "cp-comm-type a2a with ulysses-size 1 and "
+         "ring-size 2", "Ulysses alone", {"leave it out": {"cp_comm_type": None},
+                                          "--ring-size 1": {"ring_size": 1, "ulysses_size": 2}}),
+    Case("cp-ring", {"ulysses_size": 2, "cp_comm_type": "lightseq", "world": 2}, "cp-comm-type lightseq with "
+         "ulysses-size 2 and ring-size 1", "the ring's ranks", {"--cp-comm-type a2a": {"cp_comm_type": "a2a"}}),
+    Case("cp-both", {CP: 3, "cp_comm_type": "a2a+p2p", "world": 3, "seq_length": 33}, "context-parallel-size 3 with "
+         "cp-comm-type a2a+p2p", "at least 2 ranks", {"--cp-comm-type p2p": {"cp_comm_type": "p2p"}}),
+    Case("cp-product", {CP: 3, "ulysses_size": 2, "world": 2}, "context-parallel-size 3, ulysses-size 2, ring-size 1",
+         "product", {"--context-parallel-size 2": {CP: 2}, "leave it out": {CP: None}}),
+    # What each axis splits
+    Case("tp-heads", {TP: 3, "world": 3}, "num-attention-heads 8 on tensor-model-parallel-size 3", "must divide it",
+         numbers(TP, 2, 4, world=1)),
+    Case("tp-ffn", {TP: 8, "ffn_hidden_size": 4, "world": 8}, "ffn-hidden-size 4 on tensor-model-parallel-size 8",
+         "must divide it", numbers(TP, 4, world=1)),
+    Case("tp-kv", HEADS12 | {TP: 4, "num_query_groups": 6, "world": 4},
+         "num-query-groups 6 on tensor-model-parallel-size 4", "one must divide the other", numbers(TP, 3, 6, world=1)),
+    Case("tp-vocab", {TP: 8, "vocab_size": 4, "make_vocab_size_divisible_by": 1, "world": 8},
+         "padded vocabulary 4 on tensor-model-parallel-size 8", "must divide it", numbers(TP, 4, world=1)),
+    Case("u-heads", {"ulysses_size": 6, TP: 2, "seq_length": 48, "world": 12},
+         "ulysses-size 6 with 4 query heads per tensor-parallel rank (8 / 2)", "at least one head",
+         {"--ulysses-size 3, and --ring-size": {"ulysses_size": 3, "ring_size": 2}}),
+    Case("window", {"window_size": -1}, "window-size -1", "counts tokens", {"leave it out": {"window_size": None}}),
+    Case("sinks", {"attention_sinks": 2}, "attention-sinks 2", "beyond a window", {
+        "--window-size": {"window_size": 4}, "leave --attention-sinks out": {"attention_sinks": 0}}),
+    Case("seq-split", {"ulysses_size": 4, "seq_length": 34, "world": 4}, "seq-length 34 over 4 ranks (context "
+         "parallel 4)", "equally many tokens", numbers("seq_length", 32, 36)),
+    Case("seq-split-sp", {"ulysses_size": 2, TP: 2, "sequence_parallel": True, "seq_length": 30, "world": 4},
+         "seq-length 30 over 4 ranks (context parallel 2 x tensor parallel 2, with sequence parallelism)",
+         "equally many tokens", numbers("seq_length", 28, 32)),
+    # The batch
+    Case("micro", {"micro_batch_size": -1}, "--micro-batch-size is -1", "positive", {"": {"micro_batch_size": 1}}),
+    Case("batch", {"micro_batch_size": 2, "global_batch_size": 6, "world": 2},
+         "global-batch-size 6 with micro-batch-size 2 on data-parallel size 2", "a multiple of their product (4)",
+         numbers("global_batch_size", 4, 8)),
+    Case("batch-small", {"micro_batch_size": 4, "global_batch_size": 2, "world": 2}, "global-batch-size 2", "(8)",
+         numbers("global_batch_size", 8)),
+    Case("batch-negative", {"global_batch_size": -4}, "global-batch-size -4", "multiple",
+         numbers("global_batch_size", 1)),
+    # Training
+    Case("no-length", {"train_iters": None}, "train-iters None and train-samples None", "exactly one",
+         {"--train-iters": {"train_iters": 5}}),
+    Case("two-lengths", {"train_samples": 5}, "train-iters 10 and train-samples 5", "exactly one",
+         {"--train-iters": {"train_samples": None}}),
+    Case("no-step", {"train_iters": None, "train_samples": 3, "global_batch_size": 4}, "0 steps", "at least one",
+         {"longer": {"train_samples": 4}}),
+    Case("lr", {"lr": None}, "--lr is not given", "positive", {"--lr": {"lr": 1e-4}}),
+    Case("lr-negative", {"lr": -1e-4}, "--lr is -0.0001", "positive", {"--lr": {"lr": 1e-4}}),
+    Case("warm-up twice", {"lr_warmup_fraction": 0.1, "lr_warmup_iters": 2}, "--lr-warmup-fraction",
+         "the same", {"leave one out": {"lr_warmup_iters": 0}}),
+    Case("min-lr", {"min_lr": 2e-3}, "min-lr 0.002 and lr 0.001", "at most lr", {"--min-lr": {"min_lr": 1e-3}}),
+    Case("warm-up init", {"lr_warmup_init": 1.0}, "lr-warmup-init 1.0 and lr 0.001", "at most lr",
+         {"--lr-warmup-init": {"lr_warmup_init": 0.0}}),
+    Case("warm-up long", {"lr_warmup_iters": 10}, "warm-up of 10 steps and a decay that ends at step 10",
+         "must end before", {"shorten": {"lr_warmup_iters": 9}}),
+    Case("warm-up share", {"lr_warmup_fraction": 1.0, "lr_decay_iters": 20}, "20 steps", "must end before",
+         {"shorten": {"lr_warmup_fraction": 0.5}}),
+    Case("wsd", {"lr_decay_style": "WSD"}, "WSD", "has a length", {"--lr-wsd-decay-iters": {"lr_wsd_decay_iters": 2}}),
+    Case("no data", {"mock_data": False}, "no --data-path", "needs a corpus",
+         {"--data-path": {"data_path": ("x",)}, "--mock-data": {"mock_data": True}}),
+    Case("blend", {"data_path": ("a", "b")}, "2 entries", "not built yet", {"one prefix": {"data_path": ("a",)}}),
+    Case("no vocabulary", {"vocab_size": None}, "no vocabulary", "its size",
+         {"--tokenizer-type": {"tokenizer_type": "ByteTokenizer"}, "--vocab-size": {"vocab_size": 300}}),
+    Case("sp alone", {"sequence_parallel": True}, "--sequence-parallel with tensor-model-parallel-size 1",
+         "tensor-parallel ranks", {"leave it out": {"sequence_parallel": False},
+                                   "--ulysses-size": {"sequence_parallel": False, "ulysses_size": 2, "world": 2}}),
+    # Kernels
+    Case("kernel-dropout", {"attention_backend": "flash", "attention_dropout": 0.1}, "--attention-backend flash",
+         "flash: it has no attention dropout", {"--attention-dropout 0": {"attention_dropout": 0.0},
+                                                "unfused": {"attention_backend": "unfused"}}),
+    Case("kernel-device", {"attention_backend": "fused", "bf16": True}, "--attention-backend fused",
+         "fused: it runs on cuda, not on cpu", {"auto": {"attention_backend": "auto"}}),
+]  # fmt: skip
+
+
+def config(given: dict[str, Any]) -> tuple[Config, int]:
+    values = BASE | given
+    return from_values(values), values.pop("world", 1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_rule(case: Case) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(*config(case.given))
+    error = caught.value
+    assert case.got in error.got, str(error)
+    assert case.rule in error.rule, str(error)
+    for words, change in case.cures.items():
+        assert words in error.fix, f"{words!r} is not in the fix of: {error}"
+        validate(*config(case.given | change))  # what the sentence proposes must pass
+
+
+def test_every_rule_has_a_case() -> None:
+    """Each place in validate.py that refuses something is reached by a case above."""
+    source = inspect.getsource(module)
+    places = []
+    for node in ast.walk(ast.parse(source)):
+        called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        if isinstance(node, ast.Raise) or (called and node.func.id in ("must", "divides", "_positive")):
+            places.append(range(node.lineno, node.end_lineno + 1))
+    reached = set()
+    for case in CASES:
+        try:
+            validate(*config(case.given))
+        except ConfigError as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            reached |= {frame.lineno for frame in frames if frame.filename == module.__file__}
+    lines = source.splitlines()
+    missed = [lines[place[0] - 1].strip() for place in places if reached.isdisjoint(place)]
+    assert len(places) > 30 and not missed, f"rules without a case: {missed}"
+
+
+def test_base_passes_and_changes_nothing() -> None:
+    given, world = config({"world": 8, TP: 2, "ulysses_size": 2, "sequence_parallel": True})
+    before = dataclasses.replace(given)
+    assert validate(given, world).name == "tp2-pp1-u2-r1-dp2" and given == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "layout"),
+    [
+        ({CP: 2, "cp_comm_type": "a2a"}, "tp1-pp1-u2-r1-dp2"),
+        ({CP: 4, "cp_comm_type": "a2a"}, "tp1-pp1-u4-r1-dp1"),
+        ({"ulysses_size": 2}, "tp1-pp1-u2-r1-dp2"),
+        ({CP: 2, "ulysses_size": 2}, "tp1-pp1-u2-r1-dp2"),
+        ({CP: 1}, "tp1-pp1-u1-r1-dp4"),
+        ({}, "tp1-pp1-u1-r1-dp4"),
+        ({TP: 2, CP: 2, "cp_comm_type": "a2a"}, "tp2-pp1-u2-r1-dp1"),
+    ],
+)
+def test_context_parallel_means_ulysses(flags: dict[str, Any], layout: str) -> None:
+    assert validate(*config(flags | {"world": 4})).name == layout
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_legal(name: str) -> None:
+    """On a GPU of a laptop's imagination: nothing here asks the machine."""
+    extra = {"vocab_size": 512, "mock_data": True, "train_iters": 10, "lr": 1e-4, "bf16": True}
+    tp = 4 if name == "gpt2-125m" else 2
+    given = from_values(extra | PRESETS[name] | {TP: tp, "sequence_parallel": True})
+    assert validate(given, 8, "cuda").tp == tp
+
+
+def test_nearest() -> None:
+    assert nearest(7, lambda n: n % 4 == 0) == "4 or 8"
+    assert nearest(3, lambda n: n % 4 == 0) == "4"
+    assert nearest(5, lambda n: 12 % n == 0, 13) == "4 or 6"
+    assert nearest(99, lambda n: 12 % n == 0, 13) == "12"
+    assert nearest(4, lambda n: n % 4 == 0) == "4 or 8", "a value that works itself comes first"
