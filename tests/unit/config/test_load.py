@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megasp.config.flags import option_string
+from megasp.config.layout import Layout
 from megasp.config.load import GROUPS, from_dict, from_values, load, parser, to_yaml
 from megasp.config.presets import PRESETS
 from megasp.config.schema import Config
@@ -36,7 +37,7 @@ def other_value(group: type, field: dataclasses.Field[Any]) -> Any:
             c for c in field.metadata["choices"][::-1] if c != field.default or len(field.metadata["choices"]) == 1
         )
     if typing.get_origin(hint) is tuple:
-        return ("a", "b c")
+        return (3, 5, 7) if typing.get_args(hint)[0] is int else ("a", "b c")
     inner = next((part for part in typing.get_args(hint) if part is not type(None)), hint)
     return {int: 7, float: 0.1875, str: "a word: #1"}[inner]
 
@@ -208,11 +209,11 @@ def test_derived_values() -> None:
 
 def test_batches_and_steps() -> None:
     config = from_values({"micro_batch_size": 2, "train_samples": 1000})
-    layout = config.parallel.layout(4)
+    layout = Layout(dp_inner=4)
     assert (layout.name, config.global_batch_size(layout), config.num_microbatches(layout)) == (
         "tp1-pp1-u1-r1-dp4", 8, 1,
     )  # fmt: skip
     assert config.train_steps(layout) == 125
     config = from_values({"micro_batch_size": 2, "global_batch_size": 48, "train_samples": 1000, "ulysses_size": 2})
-    layout = config.parallel.layout(4)
+    layout = Layout(dp_inner=2, ulysses=2)
     assert (config.num_microbatches(layout), config.train_steps(layout)) == (12, 20), "a partial step is not trained"
