@@ -25,7 +25,8 @@ from megasp.checkpoints.hugging_face import llama_config, llama_name
 from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.config.validate import validate
-from megasp.training.build import build
+from megasp.data import Batch
+from megasp.training.build import Training, build
 from megasp.training.step import train_step
 
 Step = Callable[[int], float]
@@ -43,11 +44,28 @@ def make_megasp(config: Config, dtype: str, lr: float = workload.LEARNING_RATE) 
         parallel=dataclasses.replace(config.parallel, tensor_model_parallel_size=ranks, sequence_parallel=ranks > 1),
         training=dataclasses.replace(config.training, bf16=dtype == "bf16"),
     )
-    layout = validate(config, ranks)
+    training = build_megasp(config, Layout(tp=ranks))
+    return lambda index: train_step(training, [workload.batch(config, index)], lr).loss
+
+
+def build_megasp(config: Config, layout: Layout) -> Training:
+    """megasp's training on this rank, with the reference weights."""
+    assert validate(config, layout.world_size) == layout
     training = build(config, parallel_state.build(layout, torch.device("cpu")))
     workload.load_weights(training)
-    assert layout == Layout(tp=ranks)
-    return lambda index: train_step(training, [workload.batch(config, index)], lr).loss
+    return training
+
+
+def microbatches(config: Config, step: int) -> list[Batch]:
+    """The microbatches of one step: each is one of the workload's batches."""
+    count = config.num_microbatches(Layout())
+    return [workload.batch(config, step * count + index) for index in range(count)]
+
+
+def make_megasp_pipeline(config: Config, lr: float = workload.LEARNING_RATE) -> Step:
+    """megasp over pipeline ranks, by the schedule of the configuration; fp32."""
+    training = build_megasp(config, Layout(pp=dist.get_world_size()))
+    return lambda index: train_step(training, microbatches(config, index), lr).loss
 
 
 def make_transformers(config: Config, dtype: str, lr: float = workload.LEARNING_RATE) -> Step:
@@ -86,9 +104,11 @@ def make_transformers(config: Config, dtype: str, lr: float = workload.LEARNING_
     return step
 
 
-def make_megatron(config: Config, dtype: str, sdpa: bool, lr: float = workload.LEARNING_RATE) -> Step:
+def make_megatron(
+    config: Config, dtype: str, sdpa: bool, lr: float = workload.LEARNING_RATE, pipeline: bool = False
+) -> Step:
     """megatron-core's GPTModel, schedule, gradient buffers and optimizer; tensor parallel over all ranks with
-    sequence parallelism.
+    sequence parallelism, or its 1F1B pipeline over them.
 
     Args:
         sdpa: put PyTorch's attention in place of its unfused one (without CUDA it has no other).
@@ -102,9 +122,10 @@ def make_megatron(config: Config, dtype: str, sdpa: bool, lr: float = workload.L
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.transformer.module import Float16Module
 
-    megatron_state.initialize_model_parallel(dist.get_world_size())
+    ranks = dist.get_world_size()
+    megatron_state.initialize_model_parallel(*((1, ranks) if pipeline else (ranks, 1)))
     half, settings, shape = dtype == "bf16", config.optimizer, config.training
-    transformer, gpt = _megatron_model(config, torch.bfloat16 if half else torch.float32, sdpa)
+    transformer, gpt = _megatron_model(config, torch.bfloat16 if half else torch.float32, sdpa, pipeline)
     model = DistributedDataParallel(
         transformer,
         DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False),
@@ -138,21 +159,25 @@ def make_megatron(config: Config, dtype: str, sdpa: bool, lr: float = workload.L
         return model(tokens, positions, None, labels=labels), mean
 
     def step(index: int) -> float:
-        batch = workload.batch(config, index)
+        batches = microbatches(config, index)
         model.zero_grad_buffer()
         optimizer.zero_grad()
-        [found] = forward_backward(
+        found = forward_backward(
             forward_step_func=forward,
-            data_iterator=iter([(torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels))]),
+            data_iterator=iter([(torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels)) for batch in batches]),
             model=[model],
-            num_microbatches=1,
+            num_microbatches=len(batches),
             seq_length=shape.seq_length,
             micro_batch_size=shape.micro_batch_size,
             forward_only=False,
         )
         done, *_ = optimizer.step()
         assert done
-        return float(found["loss"])
+        # Only its last stage knows the loss; rank 0's answer is what the contest compares.
+        loss = torch.tensor(sum(float(part["loss"]) for part in found) / len(batches))
+        if pipeline:
+            dist.broadcast(loss, ranks - 1)
+        return float(loss)
 
     return step
 
@@ -210,14 +235,16 @@ class _SDPA(nn.Module):
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
-def _megatron_model(config: Config, dtype: torch.dtype, sdpa: bool) -> tuple[Any, nn.Module]:
+def _megatron_model(config: Config, dtype: torch.dtype, sdpa: bool, pipeline: bool) -> tuple[Any, nn.Module]:
     """megatron-core's configuration and this rank's model, with the reference weights."""
+    from megatron.core import parallel_state as megatron_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    model, ranks = config.model, dist.get_world_size()
+    model = config.model
+    ranks, stages = megatron_state.get_tensor_model_parallel_world_size(), dist.get_world_size() if pipeline else 1
     transformer = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -234,6 +261,7 @@ def _megatron_model(config: Config, dtype: torch.dtype, sdpa: bool) -> tuple[Any
         use_cpu_initialization=True,
         perform_initialization=True,  # it also marks split weights: without it the gradient norm is silently wrong
         tensor_model_parallel_size=ranks,
+        pipeline_model_parallel_size=stages,
         sequence_parallel=ranks > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -250,31 +278,35 @@ def _megatron_model(config: Config, dtype: torch.dtype, sdpa: bool) -> tuple[Any
         layer.submodules.self_attention.submodules.core_attention = _SDPA
     gpt = GPTModel(
         transformer,
-        TransformerBlockSubmodules([layer] * model.num_layers, layer_norm=_RMSNorm),
+        TransformerBlockSubmodules([layer] * (model.num_layers // stages), layer_norm=_RMSNorm),
         vocab_size=model.padded_vocab_size,
         max_sequence_length=config.training.seq_length,
+        pre_process=megatron_state.is_pipeline_first_stage(),
+        post_process=megatron_state.is_pipeline_last_stage(),
         position_embedding_type="rope",
         rotary_base=int(model.rotary_base),
         share_embeddings_and_output_weights=False,
     )
-    _load_megatron(gpt, config)
+    _load_megatron(gpt, config, ranks, megatron_state.get_tensor_model_parallel_rank())
     return transformer, gpt
 
 
 @torch.no_grad()
-def _load_megatron(gpt: Any, config: Config) -> None:
+def _load_megatron(gpt: Any, config: Config, ranks: int, rank: int) -> None:
     """Copy this rank's part of the reference weights; q, k and v lie together by kv head, gate and up by rank."""
-    model, ranks, rank = config.model, dist.get_world_size(), dist.get_rank()
+    model = config.model
     values = workload.weights(model)
 
     def part(name: str, dim: int = 0) -> Tensor:
         return values[f"{name}.weight"].chunk(ranks, dim)[rank]
 
-    gpt.embedding.word_embeddings.weight.copy_(part("embedding"))
-    gpt.decoder.final_layernorm.weight.copy_(values["final_norm.weight"])
-    gpt.output_layer.weight.copy_(part("head"))
-    for number, layer in enumerate(gpt.decoder.layers):
-        name = f"layers.{number}"
+    if gpt.pre_process:
+        gpt.embedding.word_embeddings.weight.copy_(part("embedding"))
+    if gpt.post_process:
+        gpt.decoder.final_layernorm.weight.copy_(values["final_norm.weight"])
+        gpt.output_layer.weight.copy_(part("head"))
+    for layer in gpt.decoder.layers:
+        name = f"layers.{layer.layer_number - 1}"
         by_group = [part(f"{name}.attention.{x}").unflatten(0, (model.kv_heads // ranks, -1)) for x in "qkv"]
         layer.self_attention.linear_qkv.weight.copy_(torch.cat(by_group, 1).flatten(0, 1))
         layer.self_attention.linear_proj.weight.copy_(part(f"{name}.attention.o", 1))

@@ -40,10 +40,6 @@ class Pending:
             self._result, self._finish = self._finish(self._result), None
         return self._result
 
-    def done(self) -> bool:
-        """Whether the transfer is over, without waiting."""
-        return self._work is None or bool(self._work.is_completed())
-
 
 def start_all_gather(x: Tensor, axis: Axis) -> Pending:
     """[n, ...] of every rank -> [size * n, ...], stacked in rank order."""

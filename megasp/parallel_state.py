@@ -71,11 +71,11 @@ class Axis:
 @dataclass(frozen=True)
 class ParallelState:
     """Every group of this rank. Axes: tp, ulysses, ring, dp_inner, dp_outer, pp; unions: cp, dp, dp_cp,
-    dp_outer_dp_cp (ranks over which gradients are summed), pp_tp (ranks that split one replica of the model); ends
-    (the first and the last pipeline rank, which share a tied embedding).
+    dp_outer_dp_cp (ranks over which gradients are summed), pp_tp (ranks that split one replica of the model).
 
-    `links` are for messages between neighbours on pp: (from, to) -> an axis of those two ranks, for each direction one.
-    A rank only sends on one link or only receives, so a receive that is posted early holds nothing else up.
+    `ends` are the first and the last pipeline rank, which share a tied embedding; one rank elsewhere. `links` are for
+    messages between neighbours on pp: (from, to) -> an axis of those two ranks, for each direction one. A rank only
+    sends on a link or only receives, so a receive that is posted early holds nothing else up.
     """
 
     layout: Layout
@@ -83,12 +83,13 @@ class ParallelState:
     device: torch.device
     axes: dict[str, Axis]
     mesh: DeviceMesh | None = None
+    ends: Axis = field(default_factory=lambda: Axis("ends"))
     links: dict[tuple[int, int], Axis] = field(default_factory=dict)
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> "ParallelState":
         """The state of one process without process groups."""
-        axes = {name: Axis(name) for name in (*AXES, *UNIONS, "ends")}
+        axes = {name: Axis(name) for name in (*AXES, *UNIONS)}
         return cls(Layout(), 0, torch.device(device), axes)
 
     @property
@@ -126,11 +127,6 @@ class ParallelState:
     def model(self) -> Axis:
         """Ranks that together hold one replica of the model: pp x tp."""
         return self.axes["pp_tp"]
-
-    @property
-    def ends(self) -> Axis:
-        """The first and the last pipeline rank; one rank elsewhere."""
-        return self.axes["ends"]
 
 
 _STATE: ParallelState | None = None
@@ -195,11 +191,11 @@ def build(layout: Layout, device: torch.device) -> ParallelState:
     for union, parts in UNIONS.items():
         # The mesh that `_flatten` returns is kept: looking it up by name is deprecated.
         axes[union] = _axis(union, mesh[parts]._flatten(union), layout.group(parts, rank).index(rank))
-    axes["ends"] = _pair(layout, "ends", (0, layout.pp - 1), Traffic()) or Axis("ends")
+    ends = _pair(layout, "ends", (0, layout.pp - 1), Traffic()) or Axis("ends")
     neighbours = {(a, b % layout.pp) for a in range(layout.pp) for b in (a - 1, a + 1)}
     # What is sent counts as traffic of pp.
     links = {pair: _pair(layout, "pp", pair, axes["pp"].traffic) for pair in sorted(neighbours)}
-    return ParallelState(layout, rank, device, axes, mesh, {pair: axis for pair, axis in links.items() if axis})
+    return ParallelState(layout, rank, device, axes, mesh, ends, {pair: axis for pair, axis in links.items() if axis})
 
 
 def _axis(name: str, mesh: DeviceMesh, rank: int) -> Axis:

@@ -52,17 +52,13 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split "
         "--pipeline-model-parallel-split-rank --standalone-embedding-stage",
     ),
-    (
-        "interleaved microbatches pass in groups of --pipeline-model-parallel-size",
-        "--microbatch-group-size-per-virtual-pipeline-stage",
-    ),
+    ("groups are of --pipeline-model-parallel-size microbatches", "--microbatch-group-size-per-virtual-pipeline-stage"),
     (
         "--pipeline-schedule zb-h1 and zbv defer the weight gradients of every layer but the output layer's",
         "--defer-embedding-wgrad-compute --wgrad-deferral-limit",
     ),
     (
-        "messages between stages always overlap computation, each direction of a pair of ranks has a group of its own, "
-        "and each tensor-parallel rank sends what it holds (less with --sequence-parallel)",
+        "messages between stages always overlap computation, in a group for each direction of two ranks",
         "--no-overlap-p2p-communication --no-scatter-gather-tensors-in-pipeline --use-ring-exchange-p2p "
         "--pipeline-model-parallel-comm-backend",
     ),

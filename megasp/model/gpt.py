@@ -66,6 +66,7 @@ class GPTModel(nn.Module):
         layers = layers if layers is not None else range(config.num_layers)
         self.config, self.state, self.recompute = config, state, recompute
         self.sequence_parallel = sequence_parallel and state.tp.size > 1
+        self.residual_split = state.tp.size if self.sequence_parallel else 1
         self.attend = attend or SequenceAttention(state, mask=Mask(config.window_size, config.attention_sinks))
         options = self.sequence_parallel, self.attend, factory
         tied = not config.untie_embeddings_and_output_weights
@@ -130,8 +131,7 @@ class GPTModel(nn.Module):
             scalar in fp32 or wider, the same on all tensor-parallel ranks; or the residual stream without `last`.
         """
         if positions is None:
-            shards = self.state.tp.size if self.sequence_parallel else 1
-            length = tokens.shape[1] if self.embedding is not None else tokens.shape[0] * shards
+            length = tokens.shape[1] if self.embedding is not None else tokens.shape[0] * self.residual_split
             positions = torch.arange(length, device=tokens.device)
         info = self._tokens(positions, samples, document_starts)
         x = self._embed(tokens, positions, info.keys) if self.embedding is not None else tokens
@@ -154,8 +154,7 @@ class GPTModel(nn.Module):
 
     def residual_shape(self, samples: int, positions: int) -> tuple[int, int, int]:
         """Shape of the residual stream of a microbatch [samples, positions] on this rank."""
-        split = self.state.tp.size if self.sequence_parallel else 1
-        return positions // split, samples, self.config.hidden_size
+        return positions // self.residual_split, samples, self.config.hidden_size
 
     def _tokens(self, positions: Tensor, samples: Tensor | None, document_starts: Documents | None) -> Tokens:
         """Tables and names for the tokens at `positions`."""

@@ -27,7 +27,8 @@ class Messages:
         self.schedule, self.state, self.shape, self.dtype = schedule, state, shape, dtype
         self._expected = {edge: deque(sent) for edge, sent in schedule.messages.items() if edge[1] == state.pp.rank}
         self._arriving: dict[Action, Pending] = {}
-        self._sending: deque[Pending] = deque()
+        # By receiving rank: where in its row it needs what we sent.
+        self._sending: dict[int, deque[tuple[int, Pending]]] = {to: deque() for _, to in schedule.messages}
 
     def expect(self, action: Action) -> None:
         """Post the receive of what `action` needs, and of what is sent before it."""
@@ -41,10 +42,21 @@ class Messages:
 
     def take(self, action: Action) -> Tensor | None:
         """What `action` needs from another stage, as soon as it is here; None if it needs nothing."""
-        if self.schedule.source(action) is None:
+        source = self.schedule.source(action)
+        if source is None:
             return None
         self.expect(action)
-        return self._arriving.pop(action).wait()
+        message = self._arriving.pop(action).wait()
+        if (sender := self.schedule.owner[source.stage]) != self.state.pp.rank:
+            self._release(sender, self.schedule.place[source])
+        return message
+
+    def _release(self, peer: int, progress: int) -> None:
+        """Let go of what `peer` has used: its message tells how far it is in its row. (Gloo tells of no send that it is
+        done before one waits for it.)"""
+        sending = self._sending.get(peer) or deque()
+        while sending and sending[0][0] <= progress:
+            sending.popleft()[1].wait()
 
     def send(self, action: Action, result: Tensor) -> None:
         """Pass on the result of `action` to the stage that needs it."""
@@ -54,11 +66,9 @@ class Messages:
         if edge[0] == edge[1]:
             self._arriving[wanted] = Pending(result)
             return
-        while self._sending and self._sending[0].done():
-            self._sending.popleft()  # nothing else holds it: its memory is free
-        self._sending.append(start_send(result, self.state.links[edge]))
+        self._sending[edge[1]].append((self.schedule.place[wanted], start_send(result, self.state.links[edge])))
 
     def finish(self) -> None:
         """Wait until all that was sent has left."""
-        while self._sending:
-            self._sending.popleft().wait()
+        for peer in self._sending:
+            self._release(peer, len(self.schedule.rows[peer]))

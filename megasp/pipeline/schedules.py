@@ -60,6 +60,11 @@ class Schedule:
         """Stage -> the rank that holds it."""
         return {action.stage: rank for rank, row in enumerate(self.rows) for action in row}
 
+    @cached_property
+    def place(self) -> dict[Action, int]:
+        """Action -> its index in its rank's row."""
+        return {action: index for row in self.rows for index, action in enumerate(row)}
+
     @property
     def stages(self) -> int:
         return len(self.owner)

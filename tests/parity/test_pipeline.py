@@ -172,6 +172,22 @@ def test_a_resumed_pipeline_is_unbroken(tmp_path: Path) -> None:
     assert found[0] == found[1] and len(found[0]) == 6
 
 
+def _sent(flags: dict[str, object]) -> dict[str, int]:
+    training = _started("pp2", flags)
+    with build_loader(
+        training.config, training.state, training.shard_map, build_datasets(training.config).train
+    ) as loader:
+        training.pipeline.train(loader.step(), 1.0)
+    return training.state.pp.traffic.bytes_sent
+
+
+def test_bytes_sent() -> None:
+    """A rank sends the residual stream of a microbatch once for each of its stages' neighbours elsewhere."""
+    each = 8 * 16 * 32 * 4  # microbatches, positions, features, bytes
+    assert run_ranks(_sent, 2, {}) == [{"send": each}, {"send": each}]
+    assert run_ranks(_sent, 2, {"num_virtual_stages_per_pipeline_rank": 2}) == [{"send": 3 * each}, {"send": 3 * each}]
+
+
 def _traced(file: str) -> None:
     config = config_of("pp2", {"pipeline_schedule": "zbv", "eval_iters": 0, "train_iters": 2, "trace": file})
     pretrain(build(config, parallel_state.build(Layout.parse("pp2"), torch.device("cpu"))))

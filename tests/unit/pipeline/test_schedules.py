@@ -52,6 +52,8 @@ def test_interleaved_makespan() -> None:
     for ranks, chunks, groups in itertools.product(RANKS, (2, 3, 4), (2, 3, 4)):
         timeline = run("interleaved", ranks, ranks * groups, chunks)
         assert timeline.makespan == pytest.approx(3 * ranks * groups + 3 * (ranks - 1) / chunks)
+        assert max(timeline.peak) == ranks * chunks + ranks - 1
+        assert timeline.messages == (2 * (ranks * chunks - 1) * ranks * groups if ranks > 1 else 0)
 
 
 def test_zb_h1_makespan_and_peak() -> None:

@@ -64,7 +64,7 @@ def test_loss_does_not_depend_on_the_cut(dropout: float) -> None:
     expected, expected_tokens = accumulate_gradients(whole, [joined(parts)])
     assert tokens == expected_tokens == sum(counts) and loss == pytest.approx(expected, rel=1e-12)
     torch.testing.assert_close(grads(cut), grads(whole))
-    logits_loss = whole.model.eval()(
+    logits_loss = whole.model[0].eval()(
         *(torch.as_tensor(getattr(joined(parts), f)) for f in ("tokens", "labels", "loss_mask"))
     )
     if not dropout:
