@@ -19,6 +19,7 @@ COMMANDS = {
     "preprocess": ("megasp.data.preprocess", "turn text into .bin/.idx token files"),
     "data inspect": ("megasp.data.inspect", "what a corpus holds"),
     "data verify": ("megasp.data.verify", "read a whole corpus and check it"),
+    "data merge": ("megasp.data.merge", "several corpora as one"),
     "data explain": ("megasp.data.explain", "which documents and tokens a training step reads"),
     "pretrain": ("megasp.training.pretrain", "train a model (under torchrun: pretrain_gpt.py)"),
     "verify": ("megasp.verify", "show that layouts train exactly as one process does"),

@@ -39,8 +39,7 @@ class Traffic:
         """Add everything of `other`, `times` times."""
         for operation, calls in other.calls.items():
             self.calls[operation] = self.calls.get(operation, 0) + times * calls
-            sent = self.bytes_sent.get(operation, 0) + times * other.bytes_sent[operation]
-            self.bytes_sent[operation] = sent
+            self.bytes_sent[operation] = self.bytes_sent.get(operation, 0) + times * other.bytes_sent[operation]
 
     @property
     def total_calls(self) -> int:

@@ -23,7 +23,7 @@ from megasp.checkpoints.reader import CheckpointReader, saved_model
 from megasp.checkpoints.safetensors_file import Entry
 from megasp.config.flags import build
 from megasp.config.schema import DataConfig, ModelConfig
-from megasp.data.tokenizer import HuggingFaceTokenizer, build_tokenizer
+from megasp.data import HuggingFaceTokenizer, build_tokenizer
 from megasp.errors import CheckpointError
 from megasp.model.rotary import LLAMA3_HIGH_FREQUENCY_FACTOR, LLAMA3_LOW_FREQUENCY_FACTOR, LLAMA3_ORIGINAL_CONTEXT
 from megasp.parameters import Box

@@ -54,7 +54,7 @@ def _check(cp: int | None, comm: str | None, ulysses: int, ring: int) -> None:
     sizes = f"ulysses-size {ulysses} and ring-size {ring}"
     if cp is not None and ulysses * ring != cp:
         raise ConfigError(
-            f"context-parallel-size {cp}, {sizes}",
+            f"context-parallel-size {cp}, ulysses-size {ulysses}, ring-size {ring}",
             "the context-parallel size is the product of the other two",
             f"use --context-parallel-size {ulysses * ring}, or leave it out",
         )

@@ -81,7 +81,10 @@ def _argument(field: dataclasses.Field[Any], hint: Any, required: bool) -> dict[
     arguments["help"] = help_text + (f" (default: {shown})" if shown else "")
     item_type = _item_type(hint)
     if typing.get_origin(_optional(hint) or hint) is tuple:
-        arguments |= {"nargs": "+", "action": "extend"}  # `--x a b` and `--x a --x b` say the same
+        arguments |= {
+            "nargs": "*" if _may_be_empty(field) else "+",
+            "action": "extend",
+        }  # `--x a b` and `--x a --x b` say the same
     arguments["type"] = item_type
     arguments["choices"] = field.metadata["choices"]
     arguments["metavar"] = field.metadata["metavar"] or (None if field.metadata["choices"] else _metavar(item_type))
@@ -90,6 +93,11 @@ def _argument(field: dataclasses.Field[Any], hint: Any, required: bool) -> dict[
     else:
         del arguments["dest"]  # argparse names a positional argument by itself
     return arguments
+
+
+def _may_be_empty(field: dataclasses.Field[Any]) -> bool:
+    """Whether it is a list of positional arguments with a default."""
+    return not option_string(field).startswith("-") and field.default is not REQUIRED
 
 
 def _metavar(item_type: type) -> str:

@@ -85,8 +85,7 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
     ),
     # Memory
     (
-        "recompute is of whole layers, with or without attention (--recompute-granularity full or all-but-attention); "
-        "flash attention keeps no attention matrix, which is what selective recompute saves",
+        "recompute is of whole layers, or all but attention: see --recompute-granularity full, all-but-attention",
         "--recompute-activations --recompute-modules --checkpoint-activations --distribute-saved-activations "
         "--activations-checkpoint-method --activations-checkpoint-granularity --activations-checkpoint-num-layers",
     ),
@@ -101,10 +100,6 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--te-rng-tracker --inference-rng-tracker",
     ),
     # Batches and steps
-    (
-        "ramp-up of the batch is not built yet: use a constant --global-batch-size",
-        "--rampup-batch-size",
-    ),
     (
         "the global batch is exactly --global-batch-size, and every batch is trained on",
         "--decrease-batch-size-if-needed --iterations-to-skip",
@@ -148,8 +143,8 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--apply-layernorm-1p --apply-residual-connection-post-layernorm --qk-l2-norm",
     ),
     (
-        "positions count through the sample, and every layer has the same window (--window-size)",
-        "--reset-position-ids --window-attn-skip-freq",
+        "every layer has the same window (--window-size)",
+        "--window-attn-skip-freq",
     ),
     (
         "rotary positions are those of Llama and GPT-NeoX (--rotary-base, --rotary-percent, --use-rope-scaling), on "
@@ -244,20 +239,15 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
     ),
     # Data
     (
-        "GPT-2's two vocabulary files are read as one tokenizer.json: use --tokenizer-type HuggingFaceTokenizer and "
-        "--tokenizer-model tokenizer.json",
-        "--vocab-file --merge-file",
-    ),
-    (
-        "tokenizers are tokenizer.json files, bytes or plain numbers (--tokenizer-type), and never run code of their "
-        "own",
-        "--tokenizer-metadata --tiktoken-pattern --tiktoken-num-special-tokens --tiktoken-special-tokens "
+        "tokenizers are the files that --tokenizer-type names, and never run code of their own; TikTokenizer has "
+        "Megatron-LM's 1000 special tokens",
+        "--tokenizer-metadata --tiktoken-num-special-tokens --tiktoken-special-tokens "
         "--legacy-tokenizer --trust-remote-code",
     ),
     (
-        "one corpus is divided by --split: use --data-path with --split",
-        "--train-data-path --valid-data-path --test-data-path --data-args-path --per-split-data-args-path "
-        "--multiple-validation-sets",
+        "corpora are named on the command line or in --config FILE.yaml: use --data-path, or --train-data-path with "
+        "--valid-data-path and --test-data-path",
+        "--data-args-path --per-split-data-args-path",
     ),
     (
         "token files are read from local paths, and padding is not marked by a token",

@@ -5,9 +5,11 @@ Names and defaults are Megatron-LM's wherever it has the flag. Values that follo
 
 from dataclasses import dataclass, field
 
+from megasp.config.batch_schedule import BatchSchedule
 from megasp.config.flags import flag
 from megasp.config.layout import Layout
 from megasp.config.pipeline import SCHEDULES, PipelinePlan, chunks_of
+from megasp.config.tokenizer_types import TIKTOKEN_PATTERNS, TOKENIZER_TYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,15 +126,43 @@ class ParallelConfig:
 class DataConfig:
     """Data."""
 
-    data_path: tuple[str, ...] = flag((), "prefix of a .bin/.idx pair", metavar="PREFIX")
+    data_path: tuple[str, ...] = flag(
+        (), "prefixes of .bin/.idx pairs, or a weight before each of them", metavar="[WEIGHT] PREFIX"
+    )
+    train_data_path: tuple[str, ...] = flag(
+        (), "as --data-path, all of it for training (instead of --data-path and --split)", metavar="[WEIGHT] PREFIX"
+    )
+    valid_data_path: tuple[str, ...] = flag((), "validation corpora, with --train-data-path", metavar="[WEIGHT] PREFIX")
+    test_data_path: tuple[str, ...] = flag((), "test corpora, with --train-data-path", metavar="[WEIGHT] PREFIX")
+    multiple_validation_sets: bool = flag(
+        False, "a validation loss of its own, under its file's name, for each prefix of --valid-data-path"
+    )
+    data_order: str = flag(
+        "keyed",
+        "order of training samples; megatron is Megatron-LM's for the same seed, length, split and number of samples, "
+        "to finish a run that began there",
+        choices=("keyed", "megatron"),
+    )
+    start_new_epoch: bool = flag(
+        False,
+        "on resuming, begin a new epoch of a corpus that changed, or of all with another --seq-length (without it the "
+        "first is refused, and the second finishes the epoch in pieces of the old length)",
+    )
     split: str = flag("969,30,1", "shares of the corpus for training, validation and test")
     mock_data: bool = flag(False, "synthetic tokens instead of a corpus")
-    tokenizer_type: str | None = flag(
-        None, "kind of tokenizer", choices=("HuggingFaceTokenizer", "ByteTokenizer", "NullTokenizer")
+    tokenizer_type: str | None = flag(None, "kind of tokenizer", choices=TOKENIZER_TYPES)
+    tokenizer_model: str | None = flag(
+        None, "tokenizer.json or a directory that holds one, SentencePiece .model, tiktoken vocabulary", metavar="PATH"
     )
-    tokenizer_model: str | None = flag(None, "tokenizer.json, or a directory that holds one", metavar="PATH")
-    reset_attention_mask: bool = flag(False, "documents of one sample do not see each other")
+    vocab_file: str | None = flag(None, "GPT-2's vocab.json", metavar="PATH")
+    merge_file: str | None = flag(None, "GPT-2's merges.txt", metavar="PATH")
+    tiktoken_pattern: str = flag("v2", "how TikTokenizer splits text before the merges", choices=TIKTOKEN_PATTERNS)
     eod_mask_loss: bool = flag(False, "no loss where the input is the end-of-document token")
+    reset_position_ids: bool = flag(False, "positions start anew with each document")
+    reset_attention_mask: bool = flag(False, "documents of one sample do not see each other")
+    eod_starts_document: bool = flag(
+        False, "for the two flags before: a document begins after each end-of-document token, too, as in Megatron-LM"
+    )
     num_workers: int = flag(2, "steps of data read ahead in the background; 0 reads in the training thread")
 
 
@@ -168,6 +198,11 @@ class TrainingConfig:
     seq_length: int = flag(0, "tokens of a sample (required, or by --model)")
     micro_batch_size: int = flag(1, "samples of one forward pass on a data-parallel rank")
     global_batch_size: int | None = flag(None, "samples of a step; micro-batch-size x data-parallel size without it")
+    rampup_batch_size: tuple[int, ...] = flag(
+        (),
+        "begin with batches of START samples that grow by INCREMENT to the global batch size over SAMPLES samples",
+        metavar="START INCREMENT SAMPLES",
+    )
     train_iters: int | None = flag(None, "steps to train")
     train_samples: int | None = flag(None, "samples to train, instead of --train-iters")
     seed: int = flag(1234, "seed of weights, order and dropout")
@@ -247,15 +282,19 @@ class Config:
         return PipelinePlan.choose(parallel.pipeline_schedule, ranks, chunks)
 
     def global_batch_size(self, layout: Layout) -> int:
-        """Samples of one step."""
+        """Samples of one step (after a ramp-up)."""
         return self.training.global_batch_size or self.training.micro_batch_size * layout.dp
 
+    def batch_schedule(self, layout: Layout) -> BatchSchedule:
+        """Samples of every step."""
+        return BatchSchedule(self.global_batch_size(layout), *self.training.rampup_batch_size)
+
     def num_microbatches(self, layout: Layout) -> int:
-        """Forward passes per step on each data-parallel rank."""
+        """Forward passes per step on each data-parallel rank (after a ramp-up)."""
         return self.global_batch_size(layout) // (self.training.micro_batch_size * layout.dp)
 
     def train_steps(self, layout: Layout) -> int:
         """Steps of the whole run."""
         if self.training.train_iters is not None:
             return self.training.train_iters
-        return (self.training.train_samples or 0) // self.global_batch_size(layout)
+        return self.batch_schedule(layout).steps(0, self.training.train_samples or 0)

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from pathlib import PurePath
 
 from megasp.config import stages
 from megasp.config.context_parallel import split_context
@@ -173,7 +174,24 @@ def _batch(config: Config, layout: Layout) -> None:
             f"it must be a multiple of their product ({per_pass})",
             f"use --global-batch-size {nearest(max(1, batch), lambda n: n % per_pass == 0)}",
         )
-    config.pipeline.check_microbatches(config.num_microbatches(layout))
+    _rampup(training.rampup_batch_size, batch, per_pass)
+    for size in config.batch_schedule(layout).sizes():
+        config.pipeline.check_microbatches(size // per_pass)
+
+
+def _rampup(rampup: tuple[int, ...], batch: int, per_pass: int) -> None:
+    if not rampup:
+        return
+    got = f"--rampup-batch-size {' '.join(map(str, rampup))} with global-batch-size {batch}"
+    fix = f"use for example {per_pass} {per_pass} {100 * batch}"
+    if len(rampup) != 3 or min(rampup) < 1:
+        raise ConfigError(got, "it is three positive numbers, START INCREMENT SAMPLES", fix)
+    start, increment, _ = rampup
+    if start >= batch or (batch - start) % increment:
+        raise ConfigError(got, "whole increments must lead from START up to the global batch size", fix)
+    if start % per_pass or increment % per_pass:
+        rule = f"START and INCREMENT must be multiples of micro-batch-size x data-parallel size ({per_pass})"
+        raise ConfigError(got, rule, fix)
 
 
 def _training(config: Config, layout: Layout) -> None:
@@ -205,12 +223,7 @@ def _training(config: Config, layout: Layout) -> None:
         )
     if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_iters is None:
         raise ConfigError("--lr-decay-style WSD", "its last phase has a length", "give --lr-wsd-decay-iters")
-    if not config.data.data_path and not config.data.mock_data:
-        raise ConfigError("no --data-path", "a run needs a corpus", "give --data-path PREFIX, or --mock-data")
-    if len(config.data.data_path) > 1:
-        raise ConfigError(
-            f"--data-path with {len(config.data.data_path)} entries", "blends are not built yet", "give one prefix"
-        )
+    _data(config)
     if config.model.vocab_size is None and config.data.tokenizer_type is None:
         raise ConfigError(
             "no vocabulary", "the model needs its size", "give --tokenizer-type and --tokenizer-model, or --vocab-size"
@@ -221,6 +234,31 @@ def _training(config: Config, layout: Layout) -> None:
             "it splits the sequence over the tensor-parallel ranks",
             "leave it out, or use --ulysses-size to split the sequence by itself",
         )
+
+
+def _data(config: Config) -> None:
+    data = config.data
+    sources = {"--data-path": data.data_path, "--train-data-path": data.train_data_path, "--mock-data": data.mock_data}
+    given = [name for name, value in sources.items() if value]
+    if not given:
+        raise ConfigError("no --data-path", "a run needs a corpus", "give --data-path PREFIX, or --mock-data")
+    if len(given) > 1:
+        raise ConfigError(" and ".join(given), "they name the same thing, what to train on", f"keep {given[0]}")
+    if (data.valid_data_path or data.test_data_path) and not data.train_data_path:
+        rule = "with --data-path, validation and test sets are shares of it (--split)"
+        raise ConfigError("--valid-data-path or --test-data-path", rule, "name the corpus by --train-data-path instead")
+    if data.train_data_path and config.training.eval_iters and not data.valid_data_path:
+        rule = "evaluation needs a validation set"
+        raise ConfigError("--train-data-path", rule, "add --valid-data-path, or --eval-iters 0")
+    if data.multiple_validation_sets:
+        names = [PurePath(prefix).name for prefix in data.valid_data_path]
+        if not names or len({*names, "test"}) <= len(names):
+            rule = "each prefix of --valid-data-path is a set, and its file name the set's"
+            raise ConfigError(f"--multiple-validation-sets with {names}", rule, "give prefixes of different names")
+    if data.data_order == "megatron" and data.mock_data:
+        raise ConfigError("--data-order megatron with --mock-data", "it orders corpora", "leave one out")
+    if data.eod_starts_document and not (data.reset_position_ids or data.reset_attention_mask):
+        raise ConfigError("--eod-starts-document", "nothing depends on documents", "add --reset-position-ids")
 
 
 def _attention_kernel(config: Config, device: str) -> None:

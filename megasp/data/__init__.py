@@ -5,33 +5,41 @@ text files ──preprocess───────> PREFIX.bin, PREFIX.idx      (i
 IndexedDataset ──GPTDataset───> sample k ──Loader───> batches     (explain shows which)
 
 indexed_dataset, indexed_dataset_builder    Megatron-LM's .bin/.idx files, read and written
-tokenizer                                   text to ids and back
+tokenizer, vocabulary_tokenizers, fast_bpe  text to ids and back; tokenizer_options chooses
 text_files                                  documents in text and JSON lines
 sample_order                                the keyed order of samples, computed and never stored
-gpt_dataset                                 which tokens sample k reads
+token_stream, gpt_dataset                   which tokens sample k reads
+blend                                       which dataset sample k comes from
+phases                                      changes of length, batch, blend or corpus in the middle of a run
 loader                                      batches of one rank, read ahead
 atomic_files                                output that appears whole or not at all
 train_tokenizer, preprocess, inspect, verify, explain      the commands: `Options` and `run`
 """
 
-from megasp.data.gpt_dataset import Dataset, GPTDataset, MockDataset, Sample, TokenStream, split_ranges
+from megasp.data.blend import BlendedDataset, BlendOrder
+from megasp.data.gpt_dataset import Dataset, GPTDataset, MockDataset, Position, Sample, split_ranges
 from megasp.data.indexed_dataset import IndexedDataset, best_dtype
 from megasp.data.indexed_dataset_builder import IndexedDatasetBuilder
-from megasp.data.loader import Batch, Loader
+from megasp.data.loader import Batch, DocumentRules, Loader
 from megasp.data.sample_order import SampleOrder
+from megasp.data.token_stream import TokenStream
 from megasp.data.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
     NullTokenizer,
     Tokenizer,
-    TokenizerOptions,
-    build_tokenizer,
 )
+from megasp.data.tokenizer_options import TokenizerOptions, build_tokenizer
+from megasp.data.vocabulary_tokenizers import GPT2BPETokenizer, SentencePieceTokenizer, TikTokenizer
 
 __all__ = [
     "Batch",
+    "BlendOrder",
+    "BlendedDataset",
     "ByteTokenizer",
     "Dataset",
+    "DocumentRules",
+    "GPT2BPETokenizer",
     "GPTDataset",
     "HuggingFaceTokenizer",
     "IndexedDataset",
@@ -39,8 +47,11 @@ __all__ = [
     "Loader",
     "MockDataset",
     "NullTokenizer",
+    "Position",
     "Sample",
     "SampleOrder",
+    "SentencePieceTokenizer",
+    "TikTokenizer",
     "TokenStream",
     "Tokenizer",
     "TokenizerOptions",

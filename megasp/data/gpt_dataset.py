@@ -20,6 +20,7 @@ import numpy as np
 
 from megasp.data.indexed_dataset import IndexedDataset
 from megasp.data.sample_order import SampleOrder
+from megasp.data.token_stream import CorpusSample, TokenStream
 from megasp.errors import DataError
 
 
@@ -49,10 +50,6 @@ class Dataset(Protocol):
         """Sample k, for any k >= 0."""
         ...
 
-    def fingerprint(self) -> str:
-        """An id of the tokens that samples are cut from (not of how: seed and seq_length are the caller's)."""
-        ...
-
 
 def split_ranges(split: str, num_sequences: int) -> tuple[tuple[int, int], ...]:
     """The sequences [start, stop) of training, validation and test, by Megatron-LM's rule: `split` ("969,30,1") gives
@@ -77,58 +74,27 @@ def split_ranges(split: str, num_sequences: int) -> tuple[tuple[int, int], ...]:
 
 
 @dataclass(frozen=True)
-class TokenStream:
-    """Tokens [start, stop) of a corpus as a circle."""
+class Position:
+    """How far a dataset has been read: `offset` tokens into `epoch`, which is cut into slots of `slot` tokens."""
 
-    corpus: IndexedDataset
-    start: int
-    stop: int
+    epoch: int
+    slot: int
+    offset: int
 
-    def __len__(self) -> int:
-        return self.stop - self.start
+    def advance(self, samples: int, seq_length: int, tokens: int) -> "Position":
+        """The position after `samples` more samples of `seq_length`, in a dataset of `tokens` tokens.
 
-    def pieces(self, position: int, count: int) -> list[tuple[int, int]]:
-        """`count` tokens from `position` on, as ranges [start, stop) of the corpus: one, or more where it wraps."""
-        ranges = []
-        while count > 0:
-            begin = self.start + position % len(self)
-            end = min(self.stop, begin + count)
-            ranges.append((begin, end))
-            position, count = position + end - begin, count - (end - begin)
-        return ranges
+        They first finish the epoch under way as it was cut, then read epochs cut into slots of `seq_length`.
+        """
+        finishing = self.finishing(seq_length, tokens)
+        if samples < finishing:
+            return Position(self.epoch, self.slot, self.offset + samples * seq_length)
+        epoch, i = divmod(samples - finishing, tokens // seq_length)
+        return Position(self.epoch + (self.offset > 0) + epoch, seq_length, i * seq_length)
 
-    def tokens(self, position: int, count: int) -> np.ndarray:
-        """`count` tokens from `position` on; a view of the file unless it wraps."""
-        parts = [self.corpus.tokens(*piece) for piece in self.pieces(position, count)]
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.corpus.dtype), *parts])
-
-
-@dataclass(frozen=True)
-class StreamSample:
-    """The sample that begins at `position` of a stream."""
-
-    stream: TokenStream
-    position: int
-
-    def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the sample; nothing else is read."""
-        return self.stream.tokens(self.position + start, stop - start)
-
-    def pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Where those tokens lie in the corpus: ranges [start, stop)."""
-        return self.stream.pieces(self.position + start, stop - start)
-
-    def document_starts(self, length: int) -> np.ndarray:
-        starts, column = [], 0
-        for start, stop in self.pieces(0, length):
-            starts += [np.array([column]), self.stream.corpus.document_starts(start, stop) - start + column]
-            column += stop - start
-        return np.unique(np.concatenate(starts))
-
-    def place(self, position: int) -> str:
-        [(token, _)] = self.pieces(position, position + 1)
-        corpus = self.stream.corpus
-        return f"document {corpus.document_at(token)} of {corpus.prefix}, token {token}"
+    def finishing(self, seq_length: int, tokens: int) -> int:
+        """Samples of `seq_length` that finish the epoch under way; 0 where none of it is read: it is then cut anew."""
+        return (tokens // self.slot * self.slot - self.offset) // seq_length if self.offset else 0
 
 
 class GPTDataset:
@@ -145,6 +111,9 @@ class GPTDataset:
         seq_length: L.
         seed: of the order.
         name: keys the order; the corpus's file name by default, so it does not depend on where the file lies.
+        start: where an earlier phase of the run stopped reading. Samples first finish its epoch, slot by slot in that
+            epoch's order and cutting, so that no token comes twice and fewer than L are left over; then epochs of L
+            follow. A sample longer than that epoch's slots is put together of several.
 
     Attributes:
         samples_per_epoch: n.
@@ -154,10 +123,16 @@ class GPTDataset:
     """
 
     def __init__(
-        self, corpus: IndexedDataset, sequences: tuple[int, int], seq_length: int, seed: int, name: str | None = None
+        self,
+        corpus: IndexedDataset,
+        sequences: tuple[int, int],
+        seq_length: int,
+        seed: int,
+        name: str | None = None,
+        start: Position | None = None,
     ) -> None:
         self.corpus, self.seq_length, self.seed = corpus, seq_length, seed
-        self.name = Path(corpus.prefix).name if name is None else name
+        self.name = dataset_name(corpus.prefix) if name is None else name
         self.stream = TokenStream(corpus, *map(corpus.sequence_token, sequences))
         tokens = len(self.stream)
         if tokens < seq_length:
@@ -166,20 +141,45 @@ class GPTDataset:
             fix = "give it a larger share of --split" + (f", or use --seq-length {tokens} or less" if tokens else "")
             raise DataError(got, rule, fix)
         self.samples_per_epoch = tokens // seq_length
+        self.start = start or Position(0, seq_length, 0)
         self.order = lru_cache(maxsize=8)(self._order)
 
-    def _order(self, epoch: int) -> SampleOrder:
-        return SampleOrder(self.samples_per_epoch, self.seed, self.name, epoch)
+    def _order(self, epoch: int, slot: int) -> SampleOrder:
+        return SampleOrder(len(self.stream) // slot, self.seed, self.name, epoch)
 
-    def sample(self, k: int) -> StreamSample:
+    def position(self, k: int) -> Position:
+        """How far the dataset has been read before sample k."""
+        return self.start.advance(k, self.seq_length, len(self.stream))
+
+    def sample(self, k: int) -> CorpusSample:
         """Sample k, for any k >= 0."""
-        epoch, i = divmod(k, self.samples_per_epoch)
-        order = self.order(epoch)
-        return StreamSample(self.stream, order.start(len(self.stream)) + order(i) * self.seq_length)
+        position = self.position(k)
+        order, offset = self.order(position.epoch, position.slot), position.offset
+        first, stop, ranges = order.start(len(self.stream)), offset + self.seq_length, []
+        while offset < stop:
+            slot, skipped = divmod(offset, position.slot)
+            count = min(position.slot - skipped, stop - offset)
+            offset += count
+            label = offset == stop  # the last label is the token after the end
+            ranges += self.stream.pieces(first + order(slot) * position.slot + skipped, count + label)
+        return CorpusSample(self.corpus, tuple(ranges))
+
+    def place(self, k: int) -> str:
+        """Where sample k stands in the order, in words."""
+        return f"epoch {self.position(k).epoch}"
+
+    def locate(self, k: int) -> tuple["GPTDataset", int]:
+        """The dataset that sample k comes from, and its number there."""
+        return self, k
 
     def fingerprint(self) -> str:
         """An id of the corpus and the split's range in it."""
         return f"{self.corpus.fingerprint()}:{self.stream.start}-{self.stream.stop}"
+
+
+def dataset_name(prefix: str) -> str:
+    """The name that keys a corpus's order: its file name."""
+    return Path(prefix).name
 
 
 class MockDataset:
@@ -197,9 +197,6 @@ class MockDataset:
         key = hashlib.blake2b(f"{self.seed},{k}".encode(), digest_size=16).digest()
         first, step = int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little")
         return MockSample(first % self.vocab_size, 1 + step % 8, self.vocab_size)
-
-    def fingerprint(self) -> str:
-        return f"mock:{self.vocab_size}"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Writes an indexed dataset, byte for byte as Megatron-LM does; the format is in `indexed_dataset.py`."""
 
+import os
 import shutil
 from array import array
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ class IndexedDatasetBuilder:
         self._output = AtomicFiles(bin_path(prefix), idx_path(prefix))
         self._bin, self._idx = self._output.files
         self._lengths, self._document_indices = array("i"), array("q", [0])
+        self._open_tokens = 0
 
     @property
     def num_documents(self) -> int:
@@ -53,20 +55,48 @@ class IndexedDatasetBuilder:
         Raises:
             DataError: a token does not fit the dtype, or a sequence exceeds 2^31 - 1 tokens.
         """
+        lengths = [len(tokens)] if lengths is None else lengths
+        assert sum(lengths) == len(tokens), (list(lengths), len(tokens))
+        if max(lengths, default=0) > LONGEST:
+            rule = f"a sequence holds at most {LONGEST}"
+            raise DataError(f"a sequence of {max(lengths)} tokens", rule, "split it over several sequences")
+        self._write(tokens)
+        self._lengths.extend(lengths)
+        self._document_indices.append(len(self._lengths))
+
+    def extend_document(self, tokens: Sequence[int] | np.ndarray) -> None:
+        """Append part of a document of one sequence; `end_document` follows the last part.
+
+        Raises:
+            DataError: a token does not fit the dtype, or the document exceeds 2^31 - 1 tokens.
+        """
+        if self._open_tokens + len(tokens) > LONGEST:
+            got = f"document {self.num_documents} has more than {LONGEST} tokens"
+            raise DataError(got, "the format counts a sequence's tokens in 31 bits", "split the document")
+        self._write(tokens)
+        self._open_tokens += len(tokens)
+
+    def end_document(self) -> int:
+        """End the document under way; return its tokens. Without any there was no document."""
+        tokens, self._open_tokens = self._open_tokens, 0
+        if tokens:
+            self._lengths.append(tokens)
+            self._document_indices.append(len(self._lengths))
+        return tokens
+
+    def drop_document(self) -> None:
+        """Forget the parts of the document under way."""
+        self._bin.truncate(self._bin.seek(-self._open_tokens * self.dtype.itemsize, os.SEEK_CUR))
+        self._open_tokens = 0
+
+    def _write(self, tokens: Sequence[int] | np.ndarray) -> None:
         values = np.asarray(tokens)
-        lengths = [len(values)] if lengths is None else lengths
-        assert sum(lengths) == len(values), (list(lengths), len(values))
         if values.dtype != self.dtype and self.dtype.kind in "iu" and len(values):
             low, high, limits = int(values.min()), int(values.max()), np.iinfo(self.dtype)
             if low < limits.min or high > limits.max:
                 rule = f"a {self.dtype} dataset holds {limits.min} to {limits.max}"
                 raise DataError(f"token id {high if high > limits.max else low}", rule, "build with a wider dtype")
-        if max(lengths, default=0) > LONGEST:
-            rule = f"a sequence holds at most {LONGEST}"
-            raise DataError(f"a sequence of {max(lengths)} tokens", rule, "split it over several sequences")
-        self._bin.write(values.astype(self.dtype, copy=False).tobytes())
-        self._lengths.extend(lengths)
-        self._document_indices.append(len(self._lengths))
+        self._bin.write(np.ascontiguousarray(values, self.dtype).data)
 
     def add_index(self, prefix: str | Path) -> None:
         """Append all documents of another dataset.

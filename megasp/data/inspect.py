@@ -7,7 +7,7 @@ import numpy as np
 from megasp import log
 from megasp.config.flags import REQUIRED, flag
 from megasp.data.indexed_dataset import IndexedDataset
-from megasp.data.tokenizer import TokenizerOptions
+from megasp.data.tokenizer_options import TokenizerOptions
 
 PREVIEW = 64  # tokens
 
@@ -35,6 +35,8 @@ def run(options: Options) -> int:
     lengths = document_lengths(corpus)
     marks = " ".join(f"{name} {value:,.0f}" for name, value in _quantiles(lengths))
     log.info(f"tokens in a document: {marks}, mean {lengths.mean():,.1f}, empty {np.count_nonzero(lengths == 0):,}")
+    for line in histogram(lengths):
+        log.info(line)
     for document in np.unique(np.linspace(0, corpus.num_documents - 1, max(0, options.documents)).astype(int)).tolist():
         start, stop = corpus.document_range(document)
         ids = corpus.tokens(start, min(stop, start + PREVIEW))
@@ -58,6 +60,28 @@ def document_lengths(corpus: IndexedDataset) -> np.ndarray:
 def _quantiles(lengths: np.ndarray) -> list[tuple[str, float]]:
     names = ("shortest", "10%", "median", "90%", "longest")
     return list(zip(names, np.quantile(lengths, (0, 0.1, 0.5, 0.9, 1)), strict=True))
+
+
+def histogram(lengths: np.ndarray, width: int = 40) -> list[str]:
+    """A picture of document lengths: a row for each doubling, documents counted, bars for their share of the tokens.
+
+    tokens        documents       share of all tokens
+       512-1,023      1,204   21%  #################
+    """
+    lengths = lengths[lengths > 0]
+    doublings = np.frexp(lengths.astype(float))[1] - 1  # floor(log2), exactly
+    rows = ["tokens in a document      documents  share of all tokens"]
+    if not len(lengths):
+        return rows
+    first, last = int(doublings.min()), int(doublings.max())
+    tokens = np.bincount(doublings - first, lengths) / lengths.sum()
+    counts = np.bincount(doublings - first)
+    for doubling in range(first, last + 1):
+        share, count = float(tokens[doubling - first]), int(counts[doubling - first])
+        span = f"{2**doubling:,}-{2 ** (doubling + 1) - 1:,}"
+        bar = "#" * round(width * share / float(tokens.max()))
+        rows.append(f"{span:>22} {count:>12,} {share:>6.1%} {bar}".rstrip())
+    return rows
 
 
 def looks_sorted(lengths: np.ndarray, groups: int = 10) -> bool:

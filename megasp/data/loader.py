@@ -5,6 +5,12 @@ With M microbatches of B samples on each of DP data-parallel ranks, a step takes
     sample of row b, microbatch m, rank r  =  consumed + (m * DP + r) * B + b
 
 so the global batch does not depend on DP, and the number of samples consumed is all that a checkpoint must store.
+A batch knows where its documents begin:
+
+    sample           the  cat  sat  <eod>  a    dog  ran  <eod>  it
+    document_starts   0                    4                     8         (of the whole sample, on every rank)
+    positions         0    1    2    3     4    5    6    7      8
+    position_ids      0    1    2    3     0    1    2    3      0         (--reset-position-ids)
 """
 
 from collections import deque
@@ -16,6 +22,7 @@ from typing import Self
 
 import numpy as np
 
+from megasp.config.batch_schedule import BatchSchedule
 from megasp.data.gpt_dataset import Dataset, Sample
 from megasp.errors import DataError
 
@@ -30,8 +37,10 @@ class Batch:
         loss_mask: 1 where the label counts, else 0, float32 [B, S].
         positions: where in the sample each input lies, int64 [S].
         samples: number of each sample, int64 [B].
-        document_starts: of each whole sample, where its documents begin, int64, ascending from 0; None where documents
-            are not told apart.
+        position_ids: the positions that the model sees, int64 [B, S], where they restart with each document; else
+            None, and they are `positions`.
+        document_starts: for each row the positions of the whole sample (not of this rank's shard) at which a document
+            begins, int64, ascending, 0 always among them; None where attention is not restricted to documents.
     """
 
     tokens: np.ndarray
@@ -39,7 +48,28 @@ class Batch:
     loss_mask: np.ndarray
     positions: np.ndarray
     samples: np.ndarray
+    position_ids: np.ndarray | None = None
     document_starts: tuple[np.ndarray, ...] | None = None
+
+
+@dataclass(frozen=True)
+class DocumentRules:
+    """What the boundaries of documents change.
+
+    Attributes:
+        eod: the end-of-document id; needed by `mask_loss` and `split_at_eod`.
+        mask_loss: no loss where the input is `eod` (--eod-mask-loss).
+        reset_positions: `Batch.position_ids` restart with each document (--reset-position-ids).
+        reset_attention: `Batch.document_starts` are given (--reset-attention-mask).
+        split_at_eod: a document begins after each `eod`, too, as in Megatron-LM, which knows no other boundaries;
+            every rank then reads whole samples (--eod-starts-document).
+    """
+
+    eod: int | None = None
+    mask_loss: bool = False
+    reset_positions: bool = False
+    reset_attention: bool = False
+    split_at_eod: bool = False
 
 
 class Loader:
@@ -54,11 +84,10 @@ class Loader:
         dataset: where the samples come from.
         ranges: the positions [start, stop) of each sample that this rank holds (`ShardMap.ranges[rank]`).
         micro_batch_size: B, samples of a microbatch on this rank.
-        global_batch_size: samples of a step over all ranks; a multiple of B x dp_size.
+        batch: samples of each step over all ranks; multiples of B x dp_size.
         dp_rank, dp_size: this rank among those that read different samples.
         vocab_size: bound of token ids (the padded one, if it is padded).
-        reset_attention_mask: whether batches tell documents apart.
-        eod: the end-of-document id, to leave inputs that equal it out of the loss (--eod-mask-loss).
+        documents: what document boundaries change; nothing without it.
         first_sample: samples consumed before.
         prefetch: steps to read ahead in a thread; 0 reads when asked.
 
@@ -75,19 +104,18 @@ class Loader:
         ranges: Sequence[tuple[int, int]],
         *,
         micro_batch_size: int,
-        global_batch_size: int,
+        batch: BatchSchedule,
         dp_rank: int,
         dp_size: int,
         vocab_size: int,
-        reset_attention_mask: bool = False,
-        eod: int | None = None,
+        documents: DocumentRules = DocumentRules(),
         first_sample: int = 0,
         prefetch: int = 2,
     ) -> None:
-        assert global_batch_size % (micro_batch_size * dp_size) == 0, (global_batch_size, micro_batch_size, dp_size)
-        self.dataset, self.ranges, self.vocab_size, self.eod = dataset, tuple(ranges), vocab_size, eod
-        self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
-        self.reset_attention_mask = reset_attention_mask
+        per_pass = micro_batch_size * dp_size
+        assert all(size % per_pass == 0 for size in batch.sizes()), (batch, micro_batch_size, dp_size)
+        self.dataset, self.ranges, self.vocab_size, self.documents = dataset, tuple(ranges), vocab_size, documents
+        self.micro_batch_size, self.batch = micro_batch_size, batch
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.positions = np.concatenate([np.arange(start, stop) for start, stop in ranges])
         self.consumed_samples = first_sample
@@ -101,35 +129,50 @@ class Loader:
             batches = self.read(self.consumed_samples)
         else:
             while len(self._ahead) <= self.prefetch:
-                first = self.consumed_samples + len(self._ahead) * self.global_batch_size
+                first = self.batch.advance(self.consumed_samples, len(self._ahead))
                 self._ahead.append(self._reader.submit(self.read, first))
             batches = self._ahead[0].result()
             self._ahead.popleft()
-        self.consumed_samples += self.global_batch_size
+        self.consumed_samples = self.batch.advance(self.consumed_samples, 1)
         return batches
 
     def read(self, first_sample: int) -> list[Batch]:
         """This rank's microbatches of the step that begins at `first_sample`: a pure function."""
         stride = self.micro_batch_size * self.dp_size
-        starts = range(first_sample, first_sample + self.global_batch_size, stride)
+        starts = range(first_sample, first_sample + self.batch.at(first_sample), stride)
         return [self._microbatch(start + self.dp_rank * self.micro_batch_size) for start in starts]
 
     def _microbatch(self, first_sample: int) -> Batch:
-        samples = np.arange(first_sample, first_sample + self.micro_batch_size)
-        tokens, labels = (np.empty((len(samples), len(self.positions)), np.int64) for _ in range(2))
-        for row, k in enumerate(samples.tolist()):
-            sample, column = self.dataset.sample(k), 0
+        numbers = np.arange(first_sample, first_sample + self.micro_batch_size)
+        samples, rules = [self.dataset.sample(k) for k in numbers.tolist()], self.documents
+        tokens, labels = (np.empty((len(numbers), len(self.positions)), np.int64) for _ in range(2))
+        for row, sample in enumerate(samples):
+            column = 0
             for start, stop in self.ranges:
                 ids = self._checked(sample, start, stop + 1)  # the last label lies one past the shard
                 columns = slice(column, column + stop - start)
                 tokens[row, columns], labels[row, columns] = ids[:-1], ids[1:]
                 column += stop - start
-        mask = np.ones(tokens.shape, np.float32) if self.eod is None else (tokens != self.eod).astype(np.float32)
-        starts = None
-        if self.reset_attention_mask:
-            length = self.dataset.seq_length
-            starts = tuple(self.dataset.sample(k).document_starts(length) for k in samples.tolist())
-        return Batch(tokens, labels, mask, self.positions, samples, starts)
+        mask = (tokens != rules.eod) if rules.mask_loss else np.ones(tokens.shape, bool)
+        starts = position_ids = None
+        if rules.reset_positions or rules.reset_attention:
+            starts = tuple(map(self._document_starts, samples))
+        if rules.reset_positions and starts is not None:
+            position_ids = np.stack([self._position_ids(row) for row in starts])
+        starts = starts if rules.reset_attention else None
+        return Batch(tokens, labels, mask.astype(np.float32), self.positions, numbers, position_ids, starts)
+
+    def _document_starts(self, sample: Sample) -> np.ndarray:
+        length = self.dataset.seq_length
+        starts = sample.document_starts(length)
+        if not self.documents.split_at_eod:
+            return starts
+        after_eod = np.flatnonzero(sample.tokens(0, length) == self.documents.eod) + 1
+        return np.union1d(starts, after_eod[after_eod < length])
+
+    def _position_ids(self, starts: np.ndarray) -> np.ndarray:
+        """The place in its document of each position of this rank, [S]."""
+        return self.positions - starts[np.searchsorted(starts, self.positions, side="right") - 1]
 
     def _checked(self, sample: Sample, start: int, stop: int) -> np.ndarray:
         """The sample's tokens [start, stop), all of them in the vocabulary."""

@@ -1,69 +1,39 @@
 """`megasp preprocess`: text to token ids, as Megatron-LM's preprocess_data.py writes them.
 
-    files -> documents -> batches of about a megabyte -> a pool of processes -> {prefix}_{key}_document.bin and .idx
+    files -> documents -> a pool of processes -> chunks -> {prefix}_{key}_document.bin and .idx
 
-Results are taken in the order of the input, so the output is the same for any number of workers.
+Results are taken in the order of the input, so the output is the same for any number of workers. They are kept in
+chunks, in PREFIX.preprocess/, until all input is read: a run that was killed goes on after its last whole chunk, and
+ends with the same bytes.
 """
 
-import os
 import time
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import lru_cache
-from multiprocessing import get_context
+from itertools import islice
 from pathlib import Path
-
-import numpy as np
 
 from megasp import log
 from megasp.config.flags import REQUIRED, flag
+from megasp.data.chunks import Chunks, Totals
+from megasp.data.encoding import Encoded, EncodingOptions, batches, encode_all, tokenizer_of
 from megasp.data.indexed_dataset import best_dtype
 from megasp.data.indexed_dataset_builder import IndexedDatasetBuilder
-from megasp.data.text_files import Document, InputOptions, find_files, read_documents, texts_of
-from megasp.data.tokenizer import Tokenizer, TokenizerOptions
+from megasp.data.text_files import STDIN, Document, find_files, read_documents
 from megasp.errors import DataError
 
-BATCH_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 28  # of input
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(TokenizerOptions, InputOptions):
+class Options(EncodingOptions):
     """Preprocessing."""
 
     output_prefix: str = flag(REQUIRED, "output goes to PREFIX_KEY_document.bin and .idx", metavar="PREFIX")
-    append_eod: bool = flag(False, "end each document with the end-of-document token")
-    workers: int | None = flag(None, "processes that tokenize; one per CPU without it")
+    shuffle: bool = flag(False, "shuffle the documents; training shuffles samples, but never documents")
+    shuffle_seed: int = flag(1234, "seed of --shuffle")
     log_interval: int = flag(1000, "documents between progress updates")
-
-
-@dataclass
-class Encoded:
-    """What became of one document.
-
-    Attributes:
-        raw_bytes: its size.
-        tokens: its ids for each key, in the dtype of the output; without any where its text is blank.
-        error: why it cannot be used, instead of tokens: the parts of a DataError, which does not survive pickling.
-    """
-
-    raw_bytes: int
-    tokens: list[np.ndarray]
-    error: tuple[str, str, str] | None = None
-
-
-@dataclass
-class Totals:
-    """Counts of documents read, bad documents, blank texts, and of bytes read and tokens written."""
-
-    documents: int = 0
-    bad: int = 0
-    empty: int = 0
-    raw_bytes: int = 0
-    tokens: int = 0
 
 
 def run(options: Options) -> int:
@@ -76,25 +46,32 @@ def run(options: Options) -> int:
     for name, value in (("--workers", options.workers), ("--log-interval", options.log_interval)):
         if value is not None and value < 1:
             raise DataError(f"{name} is {value}", "it must be at least 1", f"use {name} 1 or more, or leave it out")
-    _tokenizer.cache_clear()
-    dtype = best_dtype(_tokenizer(options).vocab_size)
+    tokenizer_of.cache_clear()
+    tokenizer_of(options)
     files = find_files(options.input, options.extensions, options.exclude)
     prefixes = [f"{options.output_prefix}_{key}_document" for key in options.json_keys]
     start = time.perf_counter()
-    with ExitStack() as stack:
-        builders = [stack.enter_context(IndexedDatasetBuilder(prefix, dtype)) for prefix in prefixes]
-        totals = _write(options, files, builders)
-        for builder in builders:
-            if builder.num_documents == 0:
-                got = f"no documents at all for {builder.prefix} ({totals.documents} read, {totals.bad} bad)"
+    chunks = Chunks(options.output_prefix, prefixes, _signature(options, files))
+    before = chunks.totals.raw_bytes
+    try:
+        if not chunks.complete:
+            _write(options, files, chunks)
+        totals = chunks.totals
+        for prefix, count in zip(prefixes, totals.kept, strict=True):
+            if count == 0:
+                got = f"no documents at all for {prefix} ({totals.documents} read, {totals.bad} bad)"
                 raise DataError(got, "a dataset needs one document with text", "check --input and --json-keys")
+        chunks.finish(options.shuffle_seed if options.shuffle else None)
+    except Exception:
+        chunks.remove()  # only a run that was killed or interrupted can go on
+        raise
     if totals.bad:
         log.warning(f"left out {totals.bad:,} of {totals.documents:,} documents that are not valid text or JSON")
     if totals.empty:
         log.warning(f"left out {totals.empty:,} empty documents")
-    megabytes, seconds = totals.raw_bytes / 1e6, time.perf_counter() - start
+    megabytes, seconds = (totals.raw_bytes - before) / 1e6, time.perf_counter() - start
     log.info(
-        f"{totals.documents - totals.bad:,} documents ({megabytes:,.1f} MB) gave {totals.tokens:,} tokens"
+        f"{totals.documents - totals.bad:,} documents ({totals.raw_bytes / 1e6:,.1f} MB) gave {totals.tokens:,} tokens"
         f" in {seconds:.0f} s, {megabytes / seconds:.1f} MB/s"
     )
     for prefix in prefixes:
@@ -102,102 +79,74 @@ def run(options: Options) -> int:
     return 0
 
 
-def _write(options: Options, files: Sequence[Path], builders: Sequence[IndexedDatasetBuilder]) -> Totals:
-    """Add the documents of all files to the builders (one per key), with progress."""
-    totals = Totals()
-    size = sum(file.stat().st_size for file in files)
-    results = closing(_encode_all(options, _batches(read_documents(files))))  # an error must end the pool at once
-    with log.progress(None, "tokenizing", size, "B") as bar, results as all_encoded:
-        for encoded in all_encoded:
-            totals.documents += 1
-            totals.raw_bytes += encoded.raw_bytes
-            if totals.documents % options.log_interval == 0:
-                bar.update(totals.raw_bytes - bar.n)
-            if encoded.error:
-                if not options.skip_bad_lines:
-                    raise DataError(*encoded.error)
-                totals.bad += 1
-                continue
-            for builder, tokens in zip(builders, encoded.tokens, strict=True):
-                if len(tokens):
-                    builder.add_document(tokens)
-                    totals.tokens += len(tokens)
-                else:
-                    totals.empty += 1
-        bar.update(totals.raw_bytes - bar.n)
-    return totals
+def _signature(options: Options, files: Sequence[Path]) -> dict[str, object]:
+    """What the output depends on: a run goes on only where all of it is as it was."""
+    named = (options.tokenizer_model, options.vocab_file, options.merge_file)
+    watched = [*files, *(Path(name) for name in named if name)]
+    stats = [(str(path), path.stat()) for path in watched if path != STDIN]
+    same = (
+        "tokenizer_type",
+        "tiktoken_pattern",
+        "vocab_size",
+        "eod_token",
+        "json_keys",
+        "skip_bad_lines",
+        "append_eod",
+    )
+    return {name: getattr(options, name) for name in same} | {
+        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        "chunk_bytes": CHUNK_BYTES,
+    }
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Runs of consecutive documents of about BATCH_BYTES."""
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.raw)
-        if size >= BATCH_BYTES or len(batch) >= 10_000:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _write(options: Options, files: Sequence[Path], chunks: Chunks) -> None:
+    """Tokenize what the chunks do not hold yet, with progress."""
+    tokenizer = tokenizer_of(options)
+    documents = _after(read_documents(files, options.json_keys, tokenizer.last_cut), chunks.totals.documents)
+    on_disk = None if STDIN in files else sum(file.stat().st_size for file in files)
+    results = closing(encode_all(options, batches(documents)))  # an error must end the pool at once
+    with log.progress(None, "tokenizing", on_disk, "B") as bar, results as all_encoded:
+        encoded: Iterator[Encoded] = iter(all_encoded)
+        while not chunks.complete:
+            totals = chunks.totals.copy()
+            with ExitStack() as stack:
+                dtype = best_dtype(tokenizer.vocab_size)
+                builders = [stack.enter_context(IndexedDatasetBuilder(path, dtype)) for path in chunks.next_paths()]
+                stop = totals.raw_bytes + CHUNK_BYTES
+                more = False
+                for one in encoded:
+                    _add(one, builders, totals, options.skip_bad_lines)
+                    if totals.documents % options.log_interval == 0 or not one.ends:
+                        bar.update((one.read or totals.raw_bytes) - bar.n)
+                    if totals.raw_bytes >= stop and one.ends:
+                        more = True
+                        break
+            chunks.add(totals, complete=not more)
 
 
-def _encode_all(options: Options, batches: Iterable[list[Document]]) -> Generator[Encoded, None, None]:
-    """`encode` all batches by `options.workers` processes, in order, with at most two batches each in flight."""
-    workers = options.workers or _cpus()
-    if workers == 1:
-        for batch in batches:
-            yield from encode(options, batch)
+def _after(documents: Iterator[Document], count: int) -> Iterator[Document]:
+    """The documents after the first `count`."""
+    skipped = 0
+    while skipped < count:
+        skipped += next(documents).ends
+    return islice(documents, None)
+
+
+def _add(encoded: Encoded, builders: Sequence[IndexedDatasetBuilder], totals: Totals, skip_bad: bool) -> None:
+    """Add a document, or a part of one, to the builders (one per key)."""
+    totals.raw_bytes += encoded.size
+    totals.documents += encoded.ends
+    if encoded.error:
+        if not skip_bad:
+            raise DataError(*encoded.error)
+        totals.bad += 1
+        for builder in builders:
+            builder.drop_document()
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _use_one_thread)
-    pending: deque[Future[list[Encoded]]] = deque()
-    try:
-        for batch in batches:
-            pending.append(pool.submit(encode, options, batch))
-            if len(pending) > 2 * workers:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-    except BrokenProcessPool:
-        got = f"one of {workers} tokenizing processes died"
-        raise DataError(got, "all of them must fit in memory", "use fewer --workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _cpus() -> int:
-    """CPUs that this process may use (macOS knows only how many there are)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _use_one_thread() -> None:
-    """Keep the tokenizer of each of many processes to one thread."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(options: Options) -> Tokenizer:
-    """The tokenizer, built once in each process."""
-    tokenizer = options.build()
-    if tokenizer is None:
-        fix = "add --tokenizer-model PATH, or --tokenizer-type ByteTokenizer"
-        raise DataError("no tokenizer is named", "text becomes token ids by a tokenizer", fix)
-    return tokenizer
-
-
-def encode(options: Options, documents: Sequence[Document]) -> list[Encoded]:
-    """What becomes of each document, in order. All are tokenized together; if any is bad, one by one to learn which."""
-    tokenizer = _tokenizer(options)
-    try:
-        texts = [text for document in documents for text in texts_of(document, options.json_keys)]
-        ids = tokenizer.encode_batch(texts)
-    except DataError as error:
-        if len(documents) > 1:
-            return [encoded for document in documents for encoded in encode(options, [document])]
-        place, size = documents[0].place, len(documents[0].raw)
-        return [Encoded(size, [], (f"{place}: {error.got}", error.rule, error.fix))]
-    if options.append_eod:
-        ids = [np.append(tokens, tokenizer.eod) if len(tokens) else tokens for tokens in ids]
-    dtype, keys = best_dtype(tokenizer.vocab_size), len(options.json_keys)
-    ids = [tokens.astype(dtype) for tokens in ids]
-    return [Encoded(len(document.raw), ids[i * keys : (i + 1) * keys]) for i, document in enumerate(documents)]
+    for key, (builder, tokens) in enumerate(zip(builders, encoded.tokens, strict=True)):
+        builder.extend_document(tokens)
+        if encoded.ends:
+            count = builder.end_document()
+            totals.tokens += count
+            totals.kept[key] += count > 0
+            totals.empty += count == 0

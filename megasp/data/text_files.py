@@ -1,14 +1,27 @@
 """Text corpora on disk: which files, and the documents in them.
 
-A .jsonl or .json file holds one document a line, any other file is one document.
+A .jsonl or .json file holds one document a line, and so does stdin ("-"); a .npy file holds token ids, a document each
+row; any other file is one document. Behind .gz, .zst, .bz2 or .xz they are decompressed as they are read.
+
+A document of more than LONG bytes comes in parts, cut where the tokenizer gives each part the ids that it has in the
+whole, so no more than a part of it is in memory and all processes share its work.
 """
 
+import bz2
+import codecs
+import gzip
+import io
 import json
+import lzma
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
 
 from megasp.config.flags import REQUIRED, flag
 from megasp.errors import DataError
@@ -32,14 +45,20 @@ SOURCE_CODE = (
     ".sql",
 )
 EXTENSIONS = (".jsonl", ".txt", ".md", ".rst", ".tex", ".html", *SOURCE_CODE)
-COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+STDIN = Path("-")
+LONG = 4 << 20  # bytes
+PART = 1 << 20  # bytes or ids
+
+Cutter = Callable[[str], int]
+"""The last place at which a text can be cut without changing its ids, 0 for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputOptions:
     """Input."""
 
-    input: tuple[Path, ...] = flag(REQUIRED, "files, and directories to search", metavar="PATH")
+    input: tuple[Path, ...] = flag(REQUIRED, "files, directories to search, - for JSON lines on stdin", metavar="PATH")
     extensions: tuple[str, ...] = flag(EXTENSIONS, "endings of the files to take from directories", metavar=".EXT")
     exclude: tuple[str, ...] = flag((), "names of directories to pass over", metavar="NAME")
     json_keys: tuple[str, ...] = flag(("text",), "keys of a JSON line that hold text", metavar="KEY")
@@ -51,13 +70,29 @@ class Document(NamedTuple):
 
     Attributes:
         path: its file.
-        line: its line, from 1, in a file of JSON lines; 0 for a whole file.
-        raw: its bytes.
+        line: its line, from 1, in a file of JSON lines, or its row in a .npy file; 0 for a whole file.
+        raw: its bytes; of a part or of ids none.
+        read: bytes of all input read from disk with it.
+        text: a part of a long document.
+        ids: its token ids, where it has them already.
+        begins, ends: whether it is the first and the last part of a document.
     """
 
     path: str
     line: int
     raw: bytes
+    read: int = 0
+    text: str | None = None
+    ids: np.ndarray | None = None
+    begins: bool = True
+    ends: bool = True
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return len(self.raw) or (
+            len(self.text) if self.text is not None else 0 if self.ids is None else self.ids.nbytes
+        )
 
     @property
     def place(self) -> str:
@@ -72,15 +107,14 @@ def find_files(
     Hidden files, files with other extensions and the directories named by `exclude` are left out of directories.
 
     Raises:
-        DataError: an input does not exist or is compressed, or there is no file at all.
+        DataError: an input does not exist, or there is no file at all.
     """
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            files += sorted(_walk(path, tuple(extensions), exclude))
-        elif path.suffix in COMPRESSED:
-            raise DataError(f"{path} is compressed", "input must be plain text or JSON lines", "decompress it first")
-        elif path.is_file():
+            endings = tuple(extension + packed for extension in extensions for packed in ("", *COMPRESSED))
+            files += sorted(_walk(path, endings, exclude))
+        elif path == STDIN or path.exists():
             files.append(path)
         else:
             raise DataError(f"{path} does not exist", "input must be files or directories", "check the path")
@@ -96,21 +130,126 @@ def _walk(directory: Path, extensions: tuple[str, ...], exclude: Sequence[str]) 
         yield from (Path(root, name) for name in names if name.endswith(extensions) and not name.startswith("."))
 
 
-def read_documents(files: Iterable[Path]) -> Iterator[Document]:
+def read_documents(
+    files: Iterable[Path], json_keys: Sequence[str] = (), cut: Cutter | None = None
+) -> Iterator[Document]:
     """The documents of the files, in order, undecoded.
+
+    Args:
+        json_keys: keys of JSON lines; a long line is cut where there is one key.
+        cut: how long documents are cut into parts; they are not without it.
 
     Raises:
         DataError: a file cannot be read.
     """
+    before = 0
     for path in files:
         try:
-            with path.open("rb") as file:
-                if path.suffix in JSON_LINES:
-                    yield from (Document(str(path), number, line) for number, line in enumerate(file, 1))
-                else:
-                    yield Document(str(path), 0, file.read())
-        except OSError as error:
-            raise DataError(f"cannot read {path} ({error.strerror})", "input must be readable", "mend it") from None
+            with _open(path) as (disk, file):
+                for document in _documents(path, file, json_keys, cut):
+                    read = before if disk is None else before + disk.tell()
+                    yield document._replace(read=read)
+            before += path.stat().st_size if path.is_file() else 0
+        except (OSError, EOFError, lzma.LZMAError) as error:
+            said = getattr(error, "strerror", None) or error
+            raise DataError(f"cannot read {path} ({said})", "input must be readable", "mend it") from None
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[BinaryIO | None, BinaryIO]]:
+    """(the file on disk if its position can be told, its content decompressed)."""
+    if path == STDIN:
+        yield None, sys.stdin.buffer
+        return
+    with path.open("rb") as disk:
+        content: BinaryIO = disk
+        if path.suffix == ".zst":
+            try:
+                import zstandard
+            except ImportError:
+                raise DataError(
+                    f"{path} is compressed", "it needs the package zstandard", "pip install zstandard"
+                ) from None
+            content = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(disk, read_across_frames=True), PART)
+        elif path.suffix in COMPRESSED:
+            library = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[path.suffix]
+            content = library.open(disk, "rb")
+        yield disk if disk.seekable() else None, content
+
+
+def _documents(path: Path, file: BinaryIO, json_keys: Sequence[str], cut: Cutter | None) -> Iterator[Document]:
+    """The documents of one file."""
+    suffix = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
+    if suffix in JSON_LINES or path == STDIN:
+        for number, line in enumerate(file, 1):
+            whole = Document(str(path), number, line)
+            if cut and len(line) > LONG and len(json_keys) == 1:
+                yield from _cut_line(whole, json_keys, cut)
+            else:
+                yield whole
+    elif suffix == ".npy":
+        yield from _rows(path)
+    else:
+        start = file.read(LONG + 1)
+        if cut and len(start) > LONG:
+            yield from _parts(Document(str(path), 0, b""), _blocks(start, file), cut)
+        else:
+            yield Document(str(path), 0, start + file.read())
+
+
+def _blocks(start: bytes, file: BinaryIO) -> Iterator[bytes]:
+    yield start
+    while block := file.read(PART):
+        yield block
+
+
+def _cut_line(line: Document, json_keys: Sequence[str], cut: Cutter) -> Iterator[Document]:
+    """A long JSON line in parts; a bad one as it is, for the caller to find out."""
+    try:
+        [text] = texts_of(line, json_keys)
+    except DataError:
+        yield line
+        return
+    yield from _parts(line._replace(raw=b""), (text[i : i + PART].encode() for i in range(0, len(text), PART)), cut)
+
+
+def _parts(document: Document, blocks: Iterator[bytes], cut: Cutter) -> Iterator[Document]:
+    """A document in parts that begin and end where `cut` says. One that is not UTF-8 ends with a part of bad bytes."""
+    decoder, text, begins = codecs.getincrementaldecoder("utf-8")(), "", True
+    block = next(blocks, None)
+    if block is not None:
+        block = block.removeprefix(codecs.BOM_UTF8)
+    while block is not None:
+        following = next(blocks, None)
+        try:
+            text += decoder.decode(block, final=following is None)
+        except UnicodeDecodeError:
+            yield document._replace(raw=block, begins=begins)
+            return
+        at = cut(text) if following is not None else 0
+        if at:
+            yield document._replace(text=text[:at], begins=begins, ends=False)
+            text, begins = text[at:], False
+        block = following
+    yield document._replace(text=text, begins=begins)
+
+
+def _rows(path: Path) -> Iterator[Document]:
+    """The rows of a .npy file of token ids, long ones in parts."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise DataError(
+            f"{path} cannot be read", f"it must be an array of token ids ({error})", "save it anew"
+        ) from None
+    if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
+        got = f"{path} holds {array.dtype} of shape {array.shape}"
+        raise DataError(got, "token ids are integers, [T] or [documents, T]", "save it as one of these")
+    for number, row in enumerate(np.atleast_2d(array), 1):
+        starts = range(0, len(row), PART) or range(1)
+        for start in starts:
+            ids = np.array(row[start : start + PART])
+            yield Document(str(path), number, b"", 0, None, ids, start == 0, start == starts[-1])
 
 
 def texts_of(document: Document, json_keys: Sequence[str]) -> list[str]:
@@ -120,6 +259,8 @@ def texts_of(document: Document, json_keys: Sequence[str]) -> list[str]:
         DataError: it is not UTF-8, not a JSON object, or lacks a key. The caller adds the document's place.
     """
     fix = "mend it, or pass --skip-bad-lines"
+    if document.text is not None:
+        return [document.text, *[""] * (len(json_keys) - 1)]
     try:
         text = document.raw.decode("utf-8-sig")  # tolerates a byte order mark
         if not document.line or not text.strip():

@@ -1,17 +1,17 @@
-"""Tokenizers: text to token ids and back. Each is a `Tokenizer`; `build_tokenizer` chooses by Megatron-LM's names."""
+"""Tokenizers: text to token ids and back. Each is a `Tokenizer`; `tokenizer_options` chooses by Megatron-LM's names."""
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from megasp.config.flags import flag
+from megasp.data.fast_bpe import FastBPE
 from megasp.errors import DataError
 
-TYPES = ("HuggingFaceTokenizer", "ByteTokenizer", "NullTokenizer")
+FAST_BYTES = 100_000
+"""Text from which on proving that a faster encoder gives the same ids pays; it takes up to some seconds."""
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 
@@ -28,6 +28,10 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, int64 [T]. DataError for text that the tokenizer has no ids for."""
+        ...
+
+    def last_cut(self, text: str) -> int:
+        """The last place at which a long text can be cut into two of which the ids are those of the whole; else 0."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str: ...
@@ -50,26 +54,72 @@ class HuggingFaceTokenizer:
             rule = "it must be a tokenizer.json or a directory that holds one"
             raise DataError(f"no tokenizer at {file}", rule, "check the path, or make one by `megasp train-tokenizer`")
         try:
-            self._backend = Backend.from_file(str(file))
+            backend = Backend.from_file(str(file))
         except Exception as error:  # the backend raises bare Exception for every malformed file
             rule = f"it must be a Hugging Face tokenizer.json ({error})"
             raise DataError(f"{file} cannot be read", rule, "check the file") from None
+        tokens = [eod_token] if eod_token else [*_eos_token(file.with_name("tokenizer_config.json")), *END_OF_TEXT]
+        self._use(backend, tokens, str(file))
+
+    def _use(self, backend: Any, candidates: Sequence[str], name: str) -> None:
+        """Set the backend, and the first of the candidates that it knows as the end of a document."""
+        self._backend = backend
+        self._fast: FastBPE | None = None
+        self._proven = False
         self._backend.no_truncation()  # files of encoder models ask for it; it would cut documents short
         self._backend.no_padding()
         self.vocab_size = 1 + max(self._backend.get_vocab().values(), default=-1)  # ids may have gaps
-        candidates = [eod_token] if eod_token else [*_eos_token(file.with_name("tokenizer_config.json")), *END_OF_TEXT]
         ids = [self._backend.token_to_id(token) for token in candidates]
         if all(id is None for id in ids):
-            got = f"{file} has none of the tokens {', '.join(candidates)}"
+            got = f"{name} has none of the tokens {', '.join(candidates or END_OF_TEXT)}"
             raise DataError(got, "one token must end a document", "name it by --eod-token")
         self.eod: int = next(id for id in ids if id is not None)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int64) for encoding in encodings]
+        if not self._proven and sum(map(len, texts)) >= FAST_BYTES:
+            self._fast, self._proven = FastBPE.of(self._backend.to_str()), True
+        fast = [self._fast.encode(text) if self._fast else None for text in texts]
+        rest = [text for text, ids in zip(texts, fast, strict=True) if ids is None]
+        slow = iter(self._backend.encode_batch_fast(rest, add_special_tokens=False) if rest else ())
+        return [np.array(next(slow).ids, np.int64) if ids is None else ids for ids in fast]
+
+    def last_cut(self, text: str) -> int:
+        return last_cut_between_words(text, self._splits) if self._backend.normalizer is None else 0
+
+    def _splits(self, text: str, at: int) -> bool:
+        """Whether the pre-tokenizer splits at `at` with and without what lies behind, and the ids are the same."""
+        split = self._backend.pre_tokenizer
+        if split is None:
+            return False
+        left, right = (split.pre_tokenize_str(part) for part in (text[:at], text[at:]))
+        shifted = [(piece, (start + at, stop + at)) for piece, (start, stop) in right]
+        return split.pre_tokenize_str(text) == [*left, *shifted] and same_ids(self, text, at)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(id) for id in ids], skip_special_tokens=False)
+
+
+def last_cut_between_words(text: str, splits: Callable[[str, int], bool], window: int = 200, tries: int = 50) -> int:
+    """The last place in `text` between a letter or digit and a blank before a letter, where `splits` agrees; else 0.
+
+    No pattern that splits text before the merges has a token across such a place, whatever stands around it; `splits`
+    is asked about a window of it, to be sure of this tokenizer.
+    """
+    for at in range(len(text) - 2, 0, -1):
+        if text[at] in " \n" and text[at - 1].isalnum() and text[at + 1].isalpha():
+            start = max(0, at - window)
+            if splits(text[start : at + window], at - start):
+                return at
+            tries -= 1
+            if not tries:
+                break
+    return 0
+
+
+def same_ids(tokenizer: Tokenizer, text: str, at: int) -> bool:
+    """Whether the ids of `text` are those of its two sides, cut at `at`, one after the other."""
+    whole, left, right = tokenizer.encode_batch([text, text[:at], text[at:]])
+    return np.array_equal(whole, np.concatenate([left, right]))
 
 
 def _eos_token(config: Path) -> list[str]:
@@ -90,6 +140,9 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int64) for text in texts]
 
+    def last_cut(self, text: str) -> int:
+        return len(text)
+
     def decode(self, ids: Iterable[int]) -> str:
         parts = bytes(int(id) for id in ids if id != self.eod)
         return parts.decode("utf-8", errors="replace")
@@ -108,6 +161,9 @@ class NullTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self._encode(text) for text in texts]
 
+    def last_cut(self, text: str) -> int:
+        return max(text.rfind(blank) for blank in " \n") + 1
+
     def _encode(self, text: str) -> np.ndarray:
         words = text.split()
         try:
@@ -118,6 +174,10 @@ class NullTokenizer:
             raise DataError(
                 f"{bad!r} is not a token id", "NullTokenizer reads white-space separated ids", fix
             ) from None
+        return self.checked(ids)
+
+    def checked(self, ids: np.ndarray) -> np.ndarray:
+        """The ids, all of them in the vocabulary."""
         outside = ids[(ids < 0) | (ids >= self.vocab_size)]
         if len(outside):
             rule = f"ids must lie in [0, {self.vocab_size})"
@@ -126,53 +186,3 @@ class NullTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return " ".join(str(int(id)) for id in ids)
-
-
-def build_tokenizer(
-    tokenizer_type: str,
-    tokenizer_model: str | Path | None = None,
-    vocab_size: int | None = None,
-    eod_token: str | None = None,
-) -> Tokenizer:
-    """The tokenizer that the flags --tokenizer-type, --tokenizer-model, --vocab-size and --eod-token name.
-
-    Args:
-        vocab_size: the ids of NullTokenizer; for the others an upper bound that theirs must keep.
-
-    Raises:
-        DataError: an unknown type, an argument that the type needs is missing, or the vocabulary is too large.
-    """
-    tokenizer: Tokenizer
-    if tokenizer_type == "HuggingFaceTokenizer":
-        if tokenizer_model is None:
-            raise DataError("HuggingFaceTokenizer without --tokenizer-model", "it needs a tokenizer.json", "name it")
-        tokenizer = HuggingFaceTokenizer(tokenizer_model, eod_token)
-    elif tokenizer_type == "ByteTokenizer":
-        tokenizer = ByteTokenizer()
-    elif tokenizer_type == "NullTokenizer":
-        if vocab_size is None:
-            raise DataError("NullTokenizer without --vocab-size", "it needs the number of ids", "add --vocab-size N")
-        return NullTokenizer(vocab_size)
-    else:
-        raise DataError(f"unknown tokenizer type {tokenizer_type}", f"known are {', '.join(TYPES)}", "use one of them")
-    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
-        rule = f"{tokenizer_type} has ids up to {tokenizer.vocab_size - 1}"
-        raise DataError(f"--vocab-size is {vocab_size}", rule, f"leave it out, or use {tokenizer.vocab_size} or more")
-    return tokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerOptions:
-    """Tokenizer."""
-
-    tokenizer_type: str | None = flag(None, "kind of tokenizer; HuggingFaceTokenizer with a model", choices=TYPES)
-    tokenizer_model: str | None = flag(None, "tokenizer.json, or a directory that holds one", metavar="PATH")
-    vocab_size: int | None = flag(None, "number of token ids; NullTokenizer needs it")
-    eod_token: str | None = flag(None, "token that ends a document; the tokenizer's own end of text without it")
-
-    def build(self) -> Tokenizer | None:
-        """The tokenizer that the flags name, None if they name none."""
-        if self.tokenizer_type is None and self.tokenizer_model is None:
-            return None
-        kind = self.tokenizer_type or "HuggingFaceTokenizer"
-        return build_tokenizer(kind, self.tokenizer_model, self.vocab_size, self.eod_token)

@@ -23,13 +23,13 @@ class Tokens:
     Args:
         keys: names of the tokens of the residual stream on this rank; None drops nothing.
         rotary: cos and sin tables of the positions that attention's q and k have on this rank; None without rotary.
-        work: which of them attention computes where.
+        work: which of them attention computes where; all on this rank without it.
         kept: where one layer keeps attention's result for its recompute.
     """
 
-    work: Work
     keys: TokenKeys | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    work: Work | None = None
     kept: Kept | None = None
 
 

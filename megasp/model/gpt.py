@@ -115,6 +115,7 @@ class GPTModel(nn.Module):
         positions: Tensor | None = None,
         samples: Tensor | None = None,
         document_starts: Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Logits, or with labels the sum of the token losses.
 
@@ -126,6 +127,8 @@ class GPTModel(nn.Module):
             samples: global sample numbers, int64 [B]; with them dropout is on.
             document_starts: of each whole sample, the positions where documents begin, which do not see each other
                 then, int64, ascending from 0.
+            position_ids: what the position embedding sees, int64 [B, S], where positions restart with each document;
+                `positions` without it.
         Returns:
             Logits [B, S, V] of every rank's vocabulary; or, with labels, the masked sum of this rank's token losses, a
             scalar in fp32 or wider, the same on all tensor-parallel ranks; or the residual stream without `last`.
@@ -133,8 +136,9 @@ class GPTModel(nn.Module):
         if positions is None:
             length = tokens.shape[1] if self.embedding is not None else tokens.shape[0] * self.residual_split
             positions = torch.arange(length, device=tokens.device)
-        info = self._tokens(positions, samples, document_starts)
-        x = self._embed(tokens, positions, info.keys) if self.embedding is not None else tokens
+        seen = positions if position_ids is None else position_ids.t()  # [S] or [S, B]
+        info = self._tokens(positions, seen, samples, document_starts)
+        x = self._embed(tokens, seen, info.keys) if self.embedding is not None else tokens
         for block in self.layers:
             # Dropout needs no random state: a recomputed block draws the same masks from the same names.
             x = self._recomputed(block, x, info) if self.recompute and torch.is_grad_enabled() else block(x, info)
@@ -156,17 +160,19 @@ class GPTModel(nn.Module):
         """Shape of the residual stream of a microbatch [samples, positions] on this rank."""
         return positions // self.residual_split, samples, self.config.hidden_size
 
-    def _tokens(self, positions: Tensor, samples: Tensor | None, document_starts: Documents | None) -> Tokens:
-        """Tables and names for the tokens at `positions`."""
+    def _tokens(
+        self, positions: Tensor, seen: Tensor, samples: Tensor | None, document_starts: Documents | None
+    ) -> Tokens:
+        """Tables for positions `seen`, and names for the tokens at `positions`."""
         config, dtype = self.config, next(self.parameters()).dtype
-        rotary = cos_sin(positions, config, dtype) if config.position_embedding_type == "rope" else None
+        rotary = cos_sin(seen, config, dtype) if config.position_embedding_type == "rope" else None
         heads, kv_heads = (
             max(1, count // self.state.tp.size) for count in (config.num_attention_heads, config.kv_heads)
         )
         work = self.attend.work(positions.shape[-1], heads, kv_heads, document_starts)
         if samples is None or not self.training:
-            return Tokens(work, None, rotary)
-        return Tokens(work, TokenKeys(samples, self._shard(positions)), rotary)
+            return Tokens(None, rotary, work)
+        return Tokens(TokenKeys(samples, self._shard(positions)), rotary, work)
 
     def _shard(self, x: Tensor) -> Tensor:
         """This tensor-parallel rank's part of dim 0, with sequence parallelism."""
@@ -176,7 +182,8 @@ class GPTModel(nn.Module):
         assert self.embedding is not None
         x = self.embedding(tokens.t())
         if self.position_embedding is not None:
-            x = x + self.position_embedding[self._shard(positions)][:, None]
+            seen = positions if positions.dim() == 2 else positions[:, None]
+            x = x + self.position_embedding[self._shard(seen)]
         return dropout(x, self.config.hidden_dropout, self.embedding_key, keys)
 
     def _logits(self, x: Tensor) -> Tensor:

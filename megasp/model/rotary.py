@@ -28,12 +28,13 @@ def frequencies(config: ModelConfig) -> Tensor:
 
 
 def cos_sin(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Tables for int64 positions [S] -> cos, sin [S, 1, 1, rotary channels / 2] in `dtype`.
+    """Tables in `dtype` for int64 positions [S], or [S, B] where rows differ: cos, sin [S, 1 or B, 1, channels / 2].
 
     Angles are computed in fp64: at a million tokens fp32 is off by several degrees.
     """
-    angles = positions.double()[:, None] * frequencies(config).to(positions.device)
-    return angles.cos().to(dtype)[:, None, None, :], angles.sin().to(dtype)[:, None, None, :]
+    positions = positions if positions.dim() == 2 else positions[:, None]
+    angles = positions.double()[:, :, None, None] * frequencies(config).to(positions.device)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:

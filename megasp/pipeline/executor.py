@@ -129,8 +129,9 @@ class _Run:
             return torch.as_tensor(array).to(self.state.device, non_blocking=True)
 
         labels, mask = (here(batch.labels), here(batch.loss_mask)) if model.head is not None else (None, None)
+        position_ids = None if batch.position_ids is None else here(batch.position_ids)
         x = here(batch.tokens) if x is None else x
-        return model(x, labels, mask, here(batch.positions), here(batch.samples), batch.document_starts)
+        return model(x, labels, mask, here(batch.positions), here(batch.samples), batch.document_starts, position_ids)
 
     def _backward(self, action: Action, received: Tensor | None) -> None:
         kept = self.kept.pop(action._replace(kind="F"))

@@ -67,11 +67,12 @@ class SequenceAttention:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        work: Work,
+        work: Work | None = None,
         dropout: AttentionDropout | None = None,
         kept: Kept | None = None,
     ) -> Tensor:
         """q [S, B, N, H], k and v [S, B, G, H] -> [S, B, N, H]."""
+        assert work is not None or self.state.ring.size == 1, "a ring needs to know what is where"
         return self.attention(q, k, v, work=work, dropout=dropout, kept=kept)
 
 

@@ -127,14 +127,14 @@ class Metrics:
             log.info(self._line(record))
             self._since_line = (0, 0.0, 0)
 
-    def validation(self, step: int, *, loss: float) -> None:
-        """Record the held-out loss after `step` finished steps."""
+    def validation(self, step: int, *, loss: float, name: str = "validation") -> None:
+        """Record the loss of the held-out set `name` after `step` finished steps."""
         if not self._speaks:
             return
         perplexity = math.exp(min(loss, 700.0))  # exp overflows past 709
-        self._write({"step": step, "validation_loss": loss})
-        self._to_board(step, {"lm loss validation": loss, "lm loss validation ppl": perplexity})
-        log.info(f"step {step}/{self._run.train_steps} | validation loss {loss:.4f} | perplexity {perplexity:.2f}")
+        self._write({"step": step, f"{name}_loss": loss})
+        self._to_board(step, {f"lm loss {name}": loss, f"lm loss {name} ppl": perplexity})
+        log.info(f"step {step}/{self._run.train_steps} | {name} loss {loss:.4f} | perplexity {perplexity:.2f}")
 
     def close(self) -> None:
         """Finish the files."""

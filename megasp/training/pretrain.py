@@ -18,14 +18,15 @@ from megasp.config.load import load, parser, to_yaml
 from megasp.config.schema import Config
 from megasp.config.stages import split, table
 from megasp.config.validate import validate
-from megasp.data import Dataset, Loader
+from megasp.data import BlendedDataset, Dataset, Loader
+from megasp.data.phases import Phase, describe
 from megasp.errors import DataError
 from megasp.model.flops import flops_per_token, parameter_count
 from megasp.pipeline import trace
 from megasp.pipeline.schedules import placement
 from megasp.training import communication, resume
 from megasp.training.build import Training, build
-from megasp.training.datasets import Datasets, build_datasets, build_loader, resolve
+from megasp.training.datasets import Datasets, build_datasets, build_loader, constant_batch, resolve
 from megasp.training.devices import peak_tflops
 from megasp.training.learning_rate import learning_rate
 from megasp.training.metrics import Metrics, Run
@@ -66,11 +67,12 @@ def _device_type(config: Config) -> str:
 def pretrain(training: Training) -> Progress:
     """Train from the start or the last checkpoint to the last step, or to a reason to stop; return how far it came."""
     config, state = training.config, training.state
-    datasets = build_datasets(config)
+    phases = resume.data_phases(config, state.layout)
+    datasets = build_datasets(config, phases[-1])
     if config.checkpoint.save:
         checkpoints.check_writable(Path(config.checkpoint.save))
-    start = resume.resume(training, datasets.train)
-    _introduce(training, datasets, start)
+    start = resume.resume(training)
+    _introduce(training, datasets, phases, start)
     run = Run(
         layout=state.layout.name,
         devices=state.layout.world_size,
@@ -94,21 +96,27 @@ def pretrain(training: Training) -> Progress:
         device=state.device,
     )
     with loader, metrics, stop:
-        return _Loop(training, datasets, loader, metrics, stop).run(start, run.train_steps)
+        return _Loop(training, datasets, phases, loader, metrics, stop).run(start, run.train_steps)
 
 
 class _Loop:
     """The steps of a run, and what happens between them."""
 
     def __init__(
-        self, training: Training, datasets: Datasets, loader: Loader, metrics: Metrics, stop: StopConditions
+        self,
+        training: Training,
+        datasets: Datasets,
+        phases: Sequence[Phase],
+        loader: Loader,
+        metrics: Metrics,
+        stop: StopConditions,
     ) -> None:
-        self.training, self.datasets, self.loader, self.metrics, self.stop = training, datasets, loader, metrics, stop
+        self.training, self.datasets, self.phases = training, datasets, phases
+        self.loader, self.metrics, self.stop = loader, metrics, stop
         self.skipped = 0
 
     def run(self, progress: Progress, train_steps: int) -> Progress:
         config = self.training.config
-        batch = config.global_batch_size(self.training.state.layout)
         saved = start = progress.step
         while progress.step < train_steps:
             lr = learning_rate(progress.step, config.optimizer, train_steps)
@@ -117,7 +125,7 @@ class _Loop:
             communication.reset(self.training)
             with trace.recording(self.training.pipeline, self._trace_file(progress.step - start)):
                 result = train_step(self.training, microbatches, lr)
-            progress = Progress(progress.step + 1, progress.samples + batch, progress.tokens + result.tokens)
+            progress = Progress(progress.step + 1, self.loader.consumed_samples, progress.tokens + result.tokens)
             self.metrics.step(
                 progress.step,
                 loss=result.loss,
@@ -132,7 +140,10 @@ class _Loop:
             last = progress.step == train_steps
             reason = self.stop.reason(progress.step)
             if config.training.eval_iters and (last or progress.step % config.training.eval_interval == 0):
-                self.metrics.validation(progress.step, loss=self._validation_loss())
+                for name, dataset in self.datasets.valid.items():
+                    self.metrics.validation(progress.step, loss=self._loss_on(dataset), name=name)
+                if last and self.datasets.test is not None:
+                    self.metrics.validation(progress.step, loss=self._loss_on(self.datasets.test), name="test")
             interval = config.checkpoint.save_interval
             if last or reason or (interval and progress.step % interval == 0):
                 saved = self._save(progress, saved)
@@ -158,18 +169,17 @@ class _Loop:
                 "resume from the last checkpoint with a lower --lr, a longer warm-up, or --clip-grad 1.0",
             )
 
-    def _validation_loss(self) -> float:
-        """Mean loss of the first --eval-iters global batches of the validation split, the same ones every time."""
-        training, config = self.training, self.training.config
-        assert self.datasets.valid is not None
+    def _loss_on(self, dataset: Dataset) -> float:
+        """Mean loss of the first --eval-iters global batches of a held-out dataset, the same ones every time."""
+        training, config = self.training, constant_batch(self.training.config)
         batch = config.global_batch_size(training.state.layout)
-        with build_loader(config, training.state, training.shard_map, self.datasets.valid) as loader:
+        with build_loader(config, training.state, training.shard_map, dataset) as loader:
             return evaluate(training, (loader.read(step * batch) for step in range(config.training.eval_iters)))
 
     def _save(self, progress: Progress, saved: int) -> int:
         if self.training.config.checkpoint.save and progress.step != saved:
             began = time.perf_counter()
-            directory = resume.save(self.training, progress, self.datasets.train)
+            directory = resume.save(self.training, progress, self.phases)
             log.info(f"saved {directory} in {time.perf_counter() - began:.1f} s")
         return progress.step
 
@@ -180,7 +190,7 @@ def _metrics_file(config: Config) -> Path | None:
     return Path(config.checkpoint.save, "metrics.jsonl") if config.checkpoint.save else None
 
 
-def _introduce(training: Training, datasets: Datasets, start: Progress) -> None:
+def _introduce(training: Training, datasets: Datasets, phases: Sequence[Phase], start: Progress) -> None:
     """Say what will run, before it runs; and keep the effective configuration with the run."""
     config, layout = training.config, training.state.layout
     batch, model = config.global_batch_size(layout), config.model
@@ -201,7 +211,12 @@ def _introduce(training: Training, datasets: Datasets, start: Progress) -> None:
         f"({config.num_microbatches(layout)} microbatches of {config.training.micro_batch_size} "
         f"on each of {layout.dp} replicas)"
     )
-    log.info(f"data: {_describe(datasets.train, steps * batch)}")
+    for line in [*(describe(phase)[0] for phase in phases[:-1]), *describe(phases[-1])]:
+        log.info(f"data: {line}")
+    if isinstance(datasets.train, BlendedDataset):
+        left = config.batch_schedule(layout).advance(start.samples, steps - start.step) - start.samples
+        for line in datasets.train.epochs(start.samples, left):
+            log.info(f"data: {line}")
     log.info(
         "loss: mean over all target tokens of the global batch (Megatron-LM averages over microbatches by default)"
     )
@@ -216,12 +231,6 @@ def _stage_table(config: Config) -> list[str]:
         return []
     owner = placement(plan.schedule, plan.ranks, plan.chunks)
     return [f"pipeline: {plan.schedule}, {plan.stages} stages on {plan.ranks} ranks", *table(split(config), owner)]
-
-
-def _describe(dataset: Dataset, samples: int) -> str:
-    per_epoch = getattr(dataset, "samples_per_epoch", None)
-    epochs = f", {per_epoch:,} samples an epoch: {samples / per_epoch:.2f} epochs in all" if per_epoch else ""
-    return dataset.name + epochs
 
 
 def _say_what_next(config: Config, progress: Progress, train_steps: int) -> None:

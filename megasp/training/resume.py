@@ -5,19 +5,21 @@ There is no random state to keep: initial weights, sample order and dropout are 
 
 import dataclasses
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from megasp import __version__, checkpoints, log
 from megasp.checkpoints import Manifest, Shard
+from megasp.config.layout import Layout
 from megasp.config.schema import Config
-from megasp.data import Dataset
+from megasp.data.phases import Phase, from_json, go_on, to_json
 from megasp.errors import CheckpointError
 from megasp.training.build import Training
+from megasp.training.datasets import phase_of
 from megasp.training.optimizer import set_step
 
 
@@ -42,13 +44,13 @@ def shards(training: Training, optimizer: bool) -> list[Shard]:
     return held
 
 
-def save(training: Training, progress: Progress, dataset: Dataset) -> Path:
+def save(training: Training, progress: Progress, phases: Sequence[Phase]) -> Path:
     """Write a checkpoint of this moment; every rank calls it."""
     config = training.config
     metadata = {
         "config": dataclasses.asdict(config),
         "progress": dataclasses.asdict(progress),
-        "data": _data(config, dataset),
+        "data": {"phases": to_json(phases)},
         "rng": {"seed": config.training.seed},
         "has_optimizer": not config.checkpoint.no_save_optim,
         "versions": {
@@ -62,16 +64,33 @@ def save(training: Training, progress: Progress, dataset: Dataset) -> Path:
     return checkpoints.save(config.checkpoint.save or "", progress.step, held, training.state, metadata)
 
 
-def _data(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """What the meaning of a sample number depends on."""
-    return {"name": dataset.name, "fingerprint": dataset.fingerprint(), "seq_length": config.training.seq_length}
+def data_phases(config: Config, layout: Layout) -> tuple[Phase, ...]:
+    """The phases of this run's data: those of the checkpoint that it resumes, and one more where the flags now name
+    other data, another sequence length or another batch size.
+
+    Raises:
+        DataError: a corpus that cannot be read, or that has changed since.
+    """
+    wanted = phase_of(config, layout)
+    manifest = _latest(config)
+    if manifest is None or config.checkpoint.finetune:
+        return (wanted,)
+    stored = from_json(manifest.metadata["data"]["phases"])
+    progress = Progress(**manifest.metadata["progress"])
+    return go_on(stored, wanted, progress.step, progress.samples, config.data.start_new_epoch)
 
 
-def resume(training: Training, dataset: Dataset) -> Progress:
+def _latest(config: Config) -> Manifest | None:
+    """The manifest of the checkpoint to load, if there is one."""
+    directory = checkpoints.find_latest(Path(config.checkpoint.load)) if config.checkpoint.load else None
+    return checkpoints.read_manifest(directory) if directory else None
+
+
+def resume(training: Training) -> Progress:
     """Go on from the latest checkpoint of --load, where there is one.
 
     Raises:
-        CheckpointError: a damaged checkpoint, or one of another model, corpus, sequence length or seed.
+        CheckpointError: a damaged checkpoint, or one of another model or seed.
     """
     options = training.config.checkpoint
     if options.load is None:
@@ -88,7 +107,7 @@ def resume(training: Training, dataset: Dataset) -> Progress:
             f"{directory} holds no optimizer state", "it was saved with --no-save-optim", "add --no-load-optim"
         )
     if not options.finetune:
-        _check_data(manifest, training.config, dataset, directory)
+        _check_seed(manifest, training.config)
     checkpoints.load(directory, shards(training, optimizer=with_optimizer))
     training.replicas.publish()
     progress = Progress() if options.finetune else Progress(**manifest.metadata["progress"])
@@ -98,22 +117,8 @@ def resume(training: Training, dataset: Dataset) -> Progress:
     return progress
 
 
-def _check_data(manifest: Manifest, config: Config, dataset: Dataset, directory: Path) -> None:
-    """Refuse to go on where "sample n" would mean other tokens than in the run so far."""
-    there, here = manifest.metadata["data"], _data(config, dataset)
-    if there["seq_length"] != here["seq_length"]:
-        raise CheckpointError(
-            f"--seq-length {here['seq_length']} resumes a run of {there['seq_length']}",
-            "the data position counts samples of one length",
-            f"use --seq-length {there['seq_length']}, or --finetune to start the data anew",
-        )
-    if there != here:
-        raise CheckpointError(
-            f"the corpus of {directory} was {there['name']} ({there['fingerprint']}), "
-            f"now it is {here['name']} ({here['fingerprint']})",
-            "a resumed run must read what it began with: appending, rebuilding or another --split reorders samples",
-            "restore it, or use --finetune to start the data anew",
-        )
+def _check_seed(manifest: Manifest, config: Config) -> None:
+    """Refuse to go on with another order and other dropout than the run so far, unless told to."""
     seed = manifest.metadata["rng"]["seed"]
     if seed != config.training.seed and not config.checkpoint.no_load_rng:
         raise CheckpointError(

@@ -20,7 +20,7 @@ from megasp.parallel_state import ParallelState
 from megasp.pipeline.schedules import schedule
 from megasp.training import resume
 from megasp.training.build import Training, build
-from megasp.training.datasets import build_datasets, build_loader
+from megasp.training.datasets import build_datasets, build_loader, phase_of
 from megasp.training.pretrain import pretrain
 from megasp.training.resume import Progress
 from megasp.training.step import evaluate, train_step
@@ -134,7 +134,7 @@ def _through_splits(folder: str) -> None:
             root = Path(folder, str(index))
         options = dataclasses.replace(training.config.checkpoint, save=str(root))
         training.config = dataclasses.replace(training.config, checkpoint=options)
-        resume.save(training, Progress(1), data)
+        resume.save(training, Progress(1), [phase_of(training.config, training.state.layout)])
         losses.append(_validation_loss(training))
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-6)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megasp.config import flags
-from megasp.data import GPTDataset, IndexedDataset, explain, inspect, verify
+from megasp.data import GPTDataset, IndexedDataset, explain, inspect, merge, verify
 from megasp.data.indexed_dataset import HEADER
 from megasp.errors import DataError
 
@@ -36,6 +36,29 @@ def test_inspect_shows_counts_and_text(corpus, said):
     assert "shortest 10" in said.text and "median 97" in said.text and "longest 100" in said.text
     assert "document 0: " in said.text and "01234" in said.text and "document 1" not in said.text
     assert call(inspect, corpus([], "empty").prefix) == 0
+
+
+def test_histogram_counts_documents_and_shares_of_tokens():
+    lengths = np.array([0, 1, 2, 3, 4, 7, 16, 31])
+    rows = inspect.histogram(lengths, width=47)
+    found = [tuple(row.split()[:3]) for row in rows[1:]]
+    assert found[:3] == [("1-1", "1", "1.6%"), ("2-3", "2", "7.8%"), ("4-7", "2", "17.2%")]
+    assert found[3:] == [("8-15", "0", "0.0%"), ("16-31", "2", "73.4%")]
+    assert rows[-1].endswith("% " + 47 * "#") and rows[-2].endswith("0.0%")
+    assert len(inspect.histogram(np.zeros(3, int))) == 1
+    assert inspect.histogram(np.array([2**40 - 1, 2**40]))[1].split()[0] == f"{2**39:,}-{2**40 - 1:,}"
+
+
+def test_merge(corpus, said, tmp_path):
+    a, b = corpus([3, 0, 4], "a"), corpus([5], "b")
+    assert call(merge, a.prefix, b.prefix, "--output-prefix", str(tmp_path / "ab")) == 0
+    merged = IndexedDataset(tmp_path / "ab")
+    assert [part.tolist() for part in merged] == [part.tolist() for source in (a, b) for part in source]
+    assert merged.num_documents == 4 and "4 documents, 12 tokens" in said.text
+    with pytest.raises(DataError, match="exists"):
+        call(merge, a.prefix, b.prefix, "--output-prefix", str(tmp_path / "ab"))
+    with pytest.raises(DataError, match="two or more"):
+        call(merge, a.prefix, "--output-prefix", str(tmp_path / "x"))
 
 
 def test_inspect_warns_of_a_sorted_corpus(corpus, said):
@@ -77,9 +100,11 @@ def test_explain_names_what_the_step_reads(corpus, said):
     dataset = GPTDataset(data, (0, 4), 8, seed=1234)
     for k in range(8, 12):
         tokens = dataset.sample(k).tokens(0, 8)
-        [line] = [message for message in said.messages if message.startswith(f"sample {k}, epoch {k // 12}: ")]
+        [line] = [message for message in said.messages if message.startswith(f"sample {k}: corpus, epoch {k // 12}: ")]
         assert f"tokens {tokens[0]}-" in line and f"-{tokens[-1]} " in line
         assert f"document {data.document_at(int(tokens[0]))} token {tokens[0] % 30}" in line
+    with pytest.raises(DataError, match="no --load"):
+        call(explain, "--step", "3")
     with pytest.raises(DataError, match="--step is 0"):
         call(explain, data.prefix, "--step", "0", *flags)
 
@@ -91,4 +116,4 @@ def test_explain_shows_both_ends_of_a_sample_that_wraps(corpus):
     expected = (
         "tokens 7-9 = document 1 token 1 to document 1 token 3, then tokens 0-6 = document 0 token 0 to document 1"
     )
-    assert explain.describe(dataset, epoch).startswith(f"sample {epoch}, epoch {epoch}: {expected}")
+    assert explain.describe(dataset, epoch).startswith(f"sample {epoch}: corpus, epoch {epoch}: {expected}")

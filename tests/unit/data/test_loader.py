@@ -3,7 +3,8 @@ import threading
 import numpy as np
 import pytest
 
-from megasp.data import GPTDataset, Loader, MockDataset
+from megasp.config.batch_schedule import BatchSchedule
+from megasp.data import DocumentRules, GPTDataset, IndexedDataset, Loader, MockDataset
 from megasp.errors import DataError
 from megasp.shard_map import ShardMap
 
@@ -15,7 +16,7 @@ MOCK = MockDataset(vocab_size=97, seq_length=16, seed=1)
 def loader(dataset=MOCK, ranges=WHOLE, dp_rank=0, dp_size=1, mbs=1, gbs=8, **options) -> Loader:
     options = {"vocab_size": 60000, **options}
     return Loader(
-        dataset, ranges, micro_batch_size=mbs, global_batch_size=gbs, dp_rank=dp_rank, dp_size=dp_size, **options
+        dataset, ranges, micro_batch_size=mbs, batch=BatchSchedule(gbs), dp_rank=dp_rank, dp_size=dp_size, **options
     )
 
 
@@ -81,7 +82,7 @@ def test_resumes_at_consumed_samples(prefetch):
 
 
 def test_loss_is_masked_where_the_input_ends_a_document():
-    with loader(eod=5) as data:
+    with loader(documents=DocumentRules(eod=5, mask_loss=True)) as data:
         for batch in data.step():
             np.testing.assert_array_equal(batch.loss_mask, batch.tokens != 5)
 
@@ -105,3 +106,55 @@ def test_reads_ahead_in_a_thread_that_ends_with_the_loader():
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
     data.close()
+
+
+def test_a_ramp_up_changes_the_size_of_steps(corpus):
+    dataset = GPTDataset(corpus([500]), (0, 1), 16, seed=0)
+    ramp = BatchSchedule(8, 2, 2, 20)
+    for prefetch in (0, 3):
+        with Loader(
+            dataset, WHOLE, micro_batch_size=1, batch=ramp, dp_rank=0, dp_size=2, vocab_size=60000, prefetch=prefetch
+        ) as data:
+            sizes = [len(data.step()) for _ in range(9)]
+            assert data.consumed_samples == 2 * sum(sizes) == ramp.advance(0, 9)
+    assert sizes == [1, 1, 1, 1, 2, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("ranges", [WHOLE, *ZIGZAG])
+def test_documents_restart_positions_and_are_told_of_the_whole_sample(corpus, ranges):
+    data = corpus([5, 1, 0, 30, 7, 2])
+    dataset = GPTDataset(data, (0, 6), 16, seed=0)
+    rules = DocumentRules(reset_positions=True, reset_attention=True)
+    with loader(dataset, ranges, mbs=2, documents=rules) as batches:
+        [batch, *_] = batches.step()
+    begin = np.array([0, 5, 6, 36, 43])  # the token of the stream is its own id
+    for row, k in enumerate(batch.samples.tolist()):
+        tokens = dataset.sample(k).tokens(0, 16)
+        starts = np.flatnonzero(np.isin(tokens, begin))
+        np.testing.assert_array_equal(batch.document_starts[row], np.union1d([0], starts))
+        since = [i - max(s for s in batch.document_starts[row] if s <= i) for i in range(16)]
+        np.testing.assert_array_equal(batch.position_ids[row], np.array(since)[batch.positions])
+    with loader(dataset, ranges) as batches:
+        assert batches.step()[0].position_ids is None and batches.step()[0].document_starts is None
+
+
+def test_end_of_document_tokens_begin_documents_by_flag(corpus):
+    dataset = GPTDataset(corpus([400]), (0, 1), 16, seed=0)
+    eod = int(dataset.sample(0).tokens(3, 4)[0])
+    for split_at_eod, expected in ((False, [0]), (True, [0, 4])):
+        rules = DocumentRules(eod=eod, reset_attention=True, split_at_eod=split_at_eod)
+        with loader(dataset, documents=rules) as batches:
+            batch = batches.step()[0]
+        assert batch.document_starts[0].tolist() == expected and batch.position_ids is None
+
+
+@pytest.mark.parametrize("shard", range(4))
+def test_a_rank_reads_the_bytes_of_its_own_shard(corpus, monkeypatch, shard):
+    dataset = GPTDataset(corpus([100_000]), (0, 1), 40_000, seed=0)
+    ranges, read = ShardMap.contiguous(40_000, 4).ranges[shard], []
+    tokens = IndexedDataset.tokens
+    monkeypatch.setattr(IndexedDataset, "tokens", lambda self, a, b: read.append(b - a) or tokens(self, a, b))
+    rules = DocumentRules(reset_positions=True, reset_attention=True)
+    with loader(dataset, ranges, gbs=1, prefetch=0, documents=rules) as batches:
+        batches.step()
+    assert sum(read) == 10_001

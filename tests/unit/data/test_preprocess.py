@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from megasp.data import ByteTokenizer, IndexedDataset, preprocess
+from megasp.data import ByteTokenizer, IndexedDataset, encoding
 from megasp.data.preprocess import Options, run
 from megasp.errors import DataError
 
@@ -57,7 +57,7 @@ def test_directories_are_read_in_order(tmp_path):
 
 
 def test_number_of_workers_does_not_matter(tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocess, "BATCH_BYTES", 100)
+    monkeypatch.setattr(encoding, "BATCH_BYTES", 100)
     entries = [{"text": "word " * (i % 17)} for i in range(200)]
     source = write_lines(tmp_path / "a.jsonl", entries)
     with source.open("a") as file:
@@ -126,7 +126,7 @@ def test_bad_arguments_leave_nothing_behind(tmp_path):
     for message, inputs, options in [
         ("taken_text_document.bin exists", [source], {"name": "taken"}),
         ("missing.jsonl does not exist", [tmp_path / "missing.jsonl"], {}),
-        ("archive.jsonl.gz is compressed", [tmp_path / "archive.jsonl.gz"], {}),
+        ("no documents at all for .*0 read", [tmp_path / "archive.jsonl.gz"], {"name": "empty"}),
         ("no documents at all in .*--extensions", [tmp_path / "empty"], {}),
         ("no documents at all for .*1 read", [blank], {"name": "blank"}),
         ("cannot write to .*a.jsonl", [source], {"name": "a.jsonl/x"}),

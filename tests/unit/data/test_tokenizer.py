@@ -94,7 +94,9 @@ def test_built_by_name(trained, tmp_path):
     assert isinstance(TokenizerOptions(tokenizer_model=str(trained)).build(), HuggingFaceTokenizer)
     (tmp_path / "bad.json").write_text("{}")
     for arguments, message in [
-        (("GPT2BPETokenizer",), "unknown tokenizer type GPT2BPETokenizer.*ByteTokenizer"),
+        (("BertTokenizer",), "unknown tokenizer type BertTokenizer.*ByteTokenizer"),
+        (("GPT2BPETokenizer",), "give --vocab-file and --merge-file"),
+        (("GPTSentencePieceTokenizer",), "without --tokenizer-model"),
         (("HuggingFaceTokenizer",), "without --tokenizer-model"),
         (("HuggingFaceTokenizer", tmp_path), "no tokenizer at .*tokenizer.json"),
         (("HuggingFaceTokenizer", tmp_path / "bad.json"), "bad.json cannot be read"),

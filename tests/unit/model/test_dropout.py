@@ -94,12 +94,12 @@ def test_no_random_state_is_touched() -> None:
 
 
 def test_attention_bits() -> None:
-    samples = torch.tensor([4, 9])
-    whole = attention_bits(KEY, samples, 0, 8, 16, 16)
+    samples, at = torch.tensor([4, 9]), torch.arange(16)
+    whole = attention_bits(KEY, samples, 0, 8, at, at)
     assert whole.shape == (2, 8, 16, 16) and whole.min() >= 0 and whole.max() < 2**31
-    assert torch.equal(attention_bits(KEY, samples, 6, 2, 16, 16), whole[:, 6:]), "a rank of heads 6 and 7"
-    assert torch.equal(attention_bits(KEY, samples[1:], 0, 8, 16, 16), whole[1:])
-    assert torch.equal(attention_bits(KEY, samples, 0, 8, 4, 12), whole[:, :, :4, :12])
+    assert torch.equal(attention_bits(KEY, samples, 6, 2, at, at), whole[:, 6:]), "a rank of heads 6 and 7"
+    assert torch.equal(attention_bits(KEY, samples[1:], 0, 8, at, at), whole[1:])
+    assert torch.equal(attention_bits(KEY, samples, 0, 8, at[4:8], at[2:]), whole[:, :, 4:8, 2:]), "of any block"
     assert len(whole.unique()) > 0.999 * whole.numel(), "samples, heads, rows and columns are all told apart"
     assert (whole != whole.transpose(-1, -2)).float().mean() > 0.9, "query and key are not interchangeable"
     centred = whole.double() / 2**31 - 0.5

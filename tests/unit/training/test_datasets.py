@@ -61,14 +61,12 @@ def test_vocabulary_smaller_than_the_tokenizers() -> None:
 
 def test_mock_data_is_held_out_by_another_seed() -> None:
     found = build_datasets(config())
-    assert found.valid is not None
-    assert not np.array_equal(found.train.sample(0).tokens(0, 9), found.valid.sample(0).tokens(0, 9))
-    assert build_datasets(config(eval_iters=0)).valid is None
+    assert not np.array_equal(found.train.sample(0).tokens(0, 9), found.valid["validation"].sample(0).tokens(0, 9))
+    assert build_datasets(config(eval_iters=0)).valid == {}
 
 
 def test_splits_share_no_document(corpus: str) -> None:
     found = build_datasets(config(mock_data=False, data_path=(corpus,), split="50,50,0"))
-    assert found.valid is not None
     seen = [{int(t) for k in range(40) for t in d.sample(k).tokens(0, 9)} for d in (found.train, found.valid)]
     assert seen[0].isdisjoint(seen[1]) and min(map(len, seen)) >= 19
 

@@ -15,7 +15,7 @@ from megasp.data import Batch
 from megasp.parallel_state import ParallelState
 from megasp.training import resume
 from megasp.training.build import Training, build
-from megasp.training.datasets import build_datasets
+from megasp.training.datasets import phase_of
 from megasp.training.optimizer import build_optimizer, set_learning_rate, set_step
 from megasp.training.resume import Progress
 from megasp.training.step import accumulate_gradients, apply_gradients, evaluate, train_step
@@ -176,15 +176,15 @@ def counters(held: Training) -> set[float]:
 def test_resume_after_a_skipped_step(tmp_path: Path) -> None:
     """The optimizer has taken fewer steps than the run has; a resumed run must go on from the same count."""
     held = training(save=str(tmp_path))
-    dataset = build_datasets(held.config).train
+    phases = [phase_of(held.config, held.state.layout)]
     train_step(held, batches([1.0]), 0.01)
     accumulate_gradients(held, batches([1.0]))
     held.replicas.masters[0].grad[0, 0] = math.nan  # type: ignore[index]
     apply_gradients(held, 0.01)
     assert counters(held) == {1.0}
-    resume.save(held, Progress(step=2, samples=4, tokens=24), dataset)
+    resume.save(held, Progress(step=2, samples=4, tokens=24), phases)
     again = training(load=str(tmp_path))
-    assert resume.resume(again, dataset).step == 2
+    assert resume.resume(again).step == 2
     assert counters(again) == {1.0}, "bias correction would differ from the unbroken run's"
     for run in (held, again):
         train_step(run, batches([1.0]), 0.01)
@@ -194,13 +194,13 @@ def test_resume_after_a_skipped_step(tmp_path: Path) -> None:
 def test_resume_after_a_fresh_optimizer(tmp_path: Path) -> None:
     """A run resumed with --no-load-optim counts from 0; what it saves resumes from its own count."""
     held = training(save=str(tmp_path / "a"))
-    dataset = build_datasets(held.config).train
+    phases = [phase_of(held.config, held.state.layout)]
     train_step(held, batches([1.0]), 0.01)
-    resume.save(held, Progress(step=100, samples=200, tokens=1200), dataset)
+    resume.save(held, Progress(step=100, samples=200, tokens=1200), phases)
     fresh = training(load=str(tmp_path / "a"), save=str(tmp_path / "b"), no_load_optim=True)
-    assert resume.resume(fresh, dataset).step == 100 and counters(fresh) == {0.0}
+    assert resume.resume(fresh).step == 100 and counters(fresh) == {0.0}
     train_step(fresh, batches([1.0]), 0.01)
-    resume.save(fresh, Progress(step=101, samples=202, tokens=1212), dataset)
+    resume.save(fresh, Progress(step=101, samples=202, tokens=1212), phases)
     again = training(load=str(tmp_path / "b"))
-    assert resume.resume(again, dataset).step == 101
+    assert resume.resume(again).step == 101
     assert counters(again) == {1.0}
