@@ -36,7 +36,7 @@ def other_value(group: type, field: dataclasses.Field[Any]) -> Any:
             c for c in field.metadata["choices"][::-1] if c != field.default or len(field.metadata["choices"]) == 1
         )
     if typing.get_origin(hint) is tuple:
-        return ("a", "b c")
+        return (7, 8) if int in typing.get_args(hint) else ("a", "b c")
     inner = next((part for part in typing.get_args(hint) if part is not type(None)), hint)
     return {int: 7, float: 0.1875, str: "a word: #1"}[inner]
 
