@@ -145,6 +145,10 @@ def _rank_main(pipe: Connection, contestant: Contestant, rank: int, folder: Path
 
 def _reset_peak() -> None:
     """Forget the peak so far (Linux), so that building the model does not count."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -152,6 +156,11 @@ def _reset_peak() -> None:
 
 
 def _peak_gib() -> float:
+    """Tensors on the GPU where there is one in use, else resident memory of the process."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 2**20

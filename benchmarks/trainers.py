@@ -26,63 +26,54 @@ from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.config.validate import validate
 from megasp.data import Batch
-from megasp.training.build import Training, build
+from megasp.training.build import build
 from megasp.training.step import train_step
 
 Step = Callable[[int], float]
+Source = Callable[[Config, int], Batch]
 
 
 def version(package: str) -> str:
     return f"{package} {importlib.metadata.version(package)}"
 
 
-def make_megasp(config: Config, dtype: str, lr: float = workload.LEARNING_RATE) -> Step:
-    """megasp as `pretrain` runs it; tensor parallel over all ranks, with sequence parallelism."""
+def make_megasp(
+    config: Config, dtype: str, source: Source = workload.batch, device: str = "cpu", kernel: str = "auto"
+) -> Step:
+    """megasp as `pretrain` runs it; tensor parallel over all ranks, with sequence parallelism.
+
+    Args:
+        source: function (config, step) -> batch.
+        kernel: attention kernel.
+    """
     ranks = dist.get_world_size()
     config = dataclasses.replace(
         config,
         parallel=dataclasses.replace(config.parallel, tensor_model_parallel_size=ranks, sequence_parallel=ranks > 1),
-        training=dataclasses.replace(config.training, bf16=dtype == "bf16"),
+        training=dataclasses.replace(config.training, bf16=dtype == "bf16", attention_backend=kernel),
     )
-    training = build_megasp(config, Layout(tp=ranks))
-    return lambda index: train_step(training, [workload.batch(config, index)], lr).loss
-
-
-def build_megasp(config: Config, layout: Layout) -> Training:
-    """megasp's training on this rank, with the reference weights."""
-    assert validate(config, layout.world_size) == layout
-    training = build(config, parallel_state.build(layout, torch.device("cpu")))
+    layout = validate(config, ranks, device)
+    training = build(config, parallel_state.build(layout, torch.device(device)))
     workload.load_weights(training)
-    return training
+    assert layout == Layout(tp=ranks)
+    return lambda index: train_step(training, [source(config, index)], workload.LEARNING_RATE).loss
 
 
-def microbatches(config: Config, step: int) -> list[Batch]:
-    """The microbatches of one step: each is one of the workload's batches."""
-    count = config.num_microbatches(Layout())
-    return [workload.batch(config, step * count + index) for index in range(count)]
-
-
-def make_megasp_pipeline(config: Config, lr: float = workload.LEARNING_RATE) -> Step:
-    """megasp over pipeline ranks, by the schedule of the configuration; fp32."""
-    training = build_megasp(config, Layout(pp=dist.get_world_size()))
-    return lambda index: train_step(training, microbatches(config, index), lr).loss
-
-
-def make_transformers(config: Config, dtype: str, lr: float = workload.LEARNING_RATE) -> Step:
+def make_transformers(config: Config, dtype: str, source: Source = workload.batch, device: str = "cpu") -> Step:
     """transformers' LlamaForCausalLM with PyTorch's attention and fused AdamW."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     described = llama_config(config.model, config.training.seq_length, torch.float32, None)
     model = LlamaForCausalLM(LlamaConfig(**described | {"use_cache": False}, attn_implementation="sdpa"))
     model.load_state_dict({llama_name(name): value for name, value in workload.weights(config.model).items()})
-    model.train()
+    model.to(device).train()  # type: ignore[arg-type]
     parameters, settings = list(model.parameters()), config.optimizer
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in parameters if p.ndim > 1]},
             {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
         ],
-        lr=lr,
+        lr=workload.LEARNING_RATE,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_eps,
         weight_decay=settings.weight_decay,
@@ -90,16 +81,16 @@ def make_transformers(config: Config, dtype: str, lr: float = workload.LEARNING_
     )
 
     def step(index: int) -> float:
-        batch = workload.batch(config, index)
-        tokens, labels = torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+        batch = source(config, index)
+        tokens, labels = (torch.from_numpy(x).to(device) for x in (batch.tokens, batch.labels))
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
             # shift_labels: these labels are the next tokens already.
             loss = model(input_ids=tokens, labels=labels, shift_labels=labels).loss
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, settings.clip_grad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return loss.item()
 
     return step
 
@@ -134,7 +125,7 @@ def make_megatron(
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
-            lr=lr,
+            lr=workload.LEARNING_RATE,
             weight_decay=settings.weight_decay,
             adam_beta1=settings.adam_beta1,
             adam_beta2=settings.adam_beta2,
@@ -177,7 +168,7 @@ def make_megatron(
         loss = torch.tensor(sum(float(part["loss"]) for part in found) / len(batches))
         if pipeline:
             dist.broadcast(loss, ranks - 1)
-        return float(loss)
+        return loss.item()
 
     return step
 

@@ -63,7 +63,8 @@ def add_flags(parser: argparse.ArgumentParser, options: type, required: bool = T
     for field in dataclasses.fields(options):
         if "help" not in field.metadata:
             continue
-        group.add_argument(option_string(field), **_argument(field, hints[field.name], required))
+        action = group.add_argument(option_string(field), **_argument(field, hints[field.name], required))
+        action.optional = _optional(hints[field.name]) is not None  # type: ignore[attr-defined]
 
 
 def _argument(field: dataclasses.Field[Any], hint: Any, required: bool) -> dict[str, Any]:
@@ -158,7 +159,7 @@ def read_yaml(path: Path, groups: Sequence[type], refused: Mapping[str, str] | N
         raise ConfigError(
             f"--config {path}", f"it must be a readable file ({error.strerror})", "check the path"
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = str(error).replace("\n", " ")
         raise ConfigError(f"--config {path}", f"it must be valid YAML ({where})", "mend that line") from None
     if not isinstance(document, dict):
@@ -185,10 +186,16 @@ def _yaml_value(parser: Parser, action: argparse.Action, key: str, value: Any) -
             raise ConfigError(f"{key}: {value!r} in {parser.prog}", "a switch is true or false", f"write `{key}: true`")
         is_off_flag = isinstance(action, argparse._StoreFalseAction) and str(key).replace("-", "_") != action.dest
         return value != is_off_flag
-    if value is None:
+    if value is None and action.optional:  # type: ignore[attr-defined]
         return None
-    items = value if isinstance(value, list) else [value]
-    given = vars(parser.parse_known_args([action.option_strings[0], *map(str, items)])[0])
+    items = value if isinstance(value, list) and action.nargs == "+" else [value]
+    if any(item is None or isinstance(item, list | dict) for item in items):
+        shape = "a list of values" if action.nargs == "+" else "one value"
+        raise ConfigError(f"{key}: {value!r} in {parser.prog}", f"it holds {shape}", "mend that line")
+    try:
+        given = vars(parser.parse_known_args([action.option_strings[0], *map(str, items)])[0])
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {value!r} in {parser.prog}", error.got, "mend that line") from None
     return given[action.dest]
 
 

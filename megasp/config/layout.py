@@ -92,11 +92,13 @@ class Layout:
                 )
             sizes[match[1]] = int(match[2])
         outer, dp = sizes.get("dpo", 1), sizes.get("dp", sizes.get("dpo", 1))
-        if outer < 1 or dp % outer:
+        if outer < 1:
+            raise ConfigError(f"layout name {name!r}", "dpo must be at least 1", "leave dpo out")
+        if dp % outer:
             raise ConfigError(
                 f"layout name {name!r}",
                 f"dpo ({outer}) must divide dp ({dp})",
-                f"use dp{outer * max(1, dp // max(outer, 1))}",
+                f"use dp{outer * max(1, dp // outer)}",
             )
         return cls(sizes.get("pp", 1), outer, dp // outer, sizes.get("r", 1), sizes.get("u", 1), sizes.get("tp", 1))
 

@@ -57,17 +57,13 @@ def load(
     argv, notes = translate(argv)
     given = vars(parser.parse_args(argv))
     source = build(Source, given)
+    from_file = read_yaml(Path(source.config), (_PresetKey, *GROUPS.values()), REFUSED) if source.config else {}
     values = dict(defaults or {})
     if source.model or source.config:  # which say what the model is: a command's own architecture would mix with theirs
         architecture = {field.name for field in dataclasses.fields(ModelConfig)}
         values = {name: value for name, value in values.items() if name not in architecture}
-    values |= PRESETS[source.model] if source.model else {}
-    if source.config:
-        from_file = read_yaml(Path(source.config), (_PresetKey, *GROUPS.values()), REFUSED)
-        if "model" in from_file:
-            values |= PRESETS[from_file["model"]] | (PRESETS[source.model] if source.model else {})
-        values |= from_file
-    values |= given
+    preset = source.model or from_file.get("model")
+    values |= (PRESETS[preset] if preset else {}) | from_file | given
     if values.get("num_query_groups") and not values.get("group_query_attention"):
         raise ConfigError(
             f"--num-query-groups {values['num_query_groups']} without --group-query-attention",
@@ -81,7 +77,7 @@ def load(
 class _PresetKey:
     """The one key of a YAML file that is no field of the configuration."""
 
-    model: str | None = flag(None, "preset", choices=tuple(PRESETS))
+    model: str = flag("", "preset", choices=tuple(PRESETS))
 
 
 def from_values(values: dict[str, Any]) -> Config:

@@ -10,6 +10,7 @@ from megasp.config import stages
 from megasp.config.context_parallel import split_context
 from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
+from megasp.config.ranges import check_ranges
 from megasp.config.schema import Config
 from megasp.errors import ConfigError
 
@@ -22,6 +23,7 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
         world_size: number of ranks.
         device: "cpu" or "cuda", where it will run.
     """
+    check_ranges(config)
     _model(config)
     layout = _layout(config, world_size)
     _splits(config, layout)
@@ -32,26 +34,16 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
     return layout
 
 
-def nearest(value: int, works: Callable[[int], bool], limit: int = 1 << 20) -> str:
-    """The nearest numbers below and above `value` that `works`, as words: "6 or 8"."""
+def nearest(value: int, works: Callable[[int], bool], limit: int | None = None) -> str:
+    """The nearest numbers below and above `value` (up to `limit`) that `works`, as words: "6 or 8"."""
+    limit = limit or 2 * value + (1 << 20)
     below = next((n for n in range(value, 0, -1) if works(n)), None)
     above = next((n for n in range(value + 1, limit) if works(n)), None)
     return " or ".join(str(n) for n in (below, above) if n is not None)
 
 
-def _positive(**values: float | None) -> None:
-    for name, value in values.items():
-        if value is None or value <= 0:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(
-                f"{flag} is {value or 'not given'}", "it must be positive", f"give {flag} a positive value"
-            )
-
-
 def _model(config: Config) -> None:
     model = config.model
-    _positive(num_layers=model.num_layers, hidden_size=model.hidden_size, num_attention_heads=model.num_attention_heads)
-    _positive(seq_length=config.training.seq_length, make_vocab_size_divisible_by=model.make_vocab_size_divisible_by)
     heads, kv_heads = model.num_attention_heads, model.kv_heads
     if model.kv_channels is None and model.hidden_size % heads:
         near = nearest(heads, lambda n: model.hidden_size % n == 0, model.hidden_size + 1)
@@ -76,9 +68,7 @@ def _model(config: Config) -> None:
         raise ConfigError("--use-rope-scaling", "it scales rotary frequencies", "add --position-embedding-type rope")
     if model.swiglu and model.squared_relu:
         raise ConfigError("--swiglu and --squared-relu", "an MLP has one activation", "leave one out")
-    if model.window_size is not None and model.window_size < 0:
-        raise ConfigError(f"window-size {model.window_size}", "it counts tokens", "leave it out to see all")
-    if model.attention_sinks < 0 or (model.attention_sinks and model.window_size is None):
+    if model.attention_sinks and model.window_size is None:
         raise ConfigError(
             f"attention-sinks {model.attention_sinks} and window-size {model.window_size}",
             "sinks are tokens seen beyond a window",
@@ -95,19 +85,10 @@ def _model(config: Config) -> None:
             "learned positions must cover the sequence",
             f"use --max-position-embeddings {config.training.seq_length}",
         )
-    for name in ("hidden_dropout", "attention_dropout"):
-        if not 0 <= getattr(model, name) < 1:
-            raise ConfigError(
-                f"{name.replace('_', '-')} {getattr(model, name)}", "it is a probability below 1", "use 0.1 or 0"
-            )
 
 
 def _layout(config: Config, world_size: int) -> Layout:
     parallel = config.parallel
-    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-    for name in (*sizes, "context_parallel_size", "ulysses_size", "ring_size"):
-        if getattr(parallel, name) is not None:
-            _positive(**{name: getattr(parallel, name)})
     context = split_context(config)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     ranks = tp * pp * context.ulysses * context.ring
@@ -126,25 +107,24 @@ def _splits(config: Config, layout: Layout) -> None:
     model, seq, tp, ulysses = config.model, config.training.seq_length, layout.tp, layout.ulysses
     heads, kv_heads = model.num_attention_heads, model.kv_heads
 
+    vocab = 0 if model.vocab_size is None else model.padded_vocab_size
+
+    def shared(size: int) -> bool:
+        return kv_heads % size == 0 or size % kv_heads == 0
+
+    def works(size: int) -> bool:
+        return not (heads % size or model.mlp_size % size or vocab % size) and shared(size)
+
     def must(ok: bool, got: str, rule: str, fix: str) -> None:
         if not ok:
             raise ConfigError(got, rule, fix)
 
-    def divides(n: int, axis: str, size: int, what: str) -> None:
-        near = nearest(size, lambda s: n % s == 0, n + 1)
-        must(n % size == 0, f"{what} {n} on {axis} {size}", f"{axis} must divide it", f"use a size of {near}")
-
-    divides(heads, "tensor-model-parallel-size", tp, "num-attention-heads")
-    divides(model.mlp_size, "tensor-model-parallel-size", tp, "ffn-hidden-size")
-    must(
-        kv_heads % tp == 0 or tp % kv_heads == 0,
-        f"num-query-groups {kv_heads} on tensor-model-parallel-size {tp}",
-        "one must divide the other",
-        "use a size of "
-        f"{nearest(tp, lambda s: heads % s == 0 and (kv_heads % s == 0 or s % kv_heads == 0), heads + 1)}",
-    )
-    if model.vocab_size is not None:
-        divides(model.padded_vocab_size, "tensor-model-parallel-size", tp, "padded vocabulary")
+    on_tp = f"on tensor-model-parallel-size {tp}"
+    fix = f"use a size of {nearest(tp, works, heads + 1)}"
+    sizes = {"num-attention-heads": heads, "ffn-hidden-size": model.mlp_size, "padded vocabulary": vocab}
+    for name, size in sizes.items():
+        must(size % tp == 0, f"{name} {size} {on_tp}", "tensor-model-parallel-size must divide it", fix)
+    must(shared(tp), f"num-query-groups {kv_heads} {on_tp}", "one must divide the other", fix)
     local = heads // tp
     must(
         ulysses <= local,
@@ -164,7 +144,6 @@ def _splits(config: Config, layout: Layout) -> None:
 
 def _batch(config: Config, layout: Layout) -> None:
     training = config.training
-    _positive(micro_batch_size=training.micro_batch_size)
     per_pass = training.micro_batch_size * layout.dp
     batch = config.global_batch_size(layout)
     if batch < 1 or batch % per_pass:
@@ -204,7 +183,6 @@ def _training(config: Config, layout: Layout) -> None:
         )
     if config.train_steps(layout) < 1:
         raise ConfigError(f"{config.train_steps(layout)} steps", "there must be at least one", "train longer")
-    _positive(lr=optimizer.lr)
     if optimizer.lr_warmup_fraction is not None and optimizer.lr_warmup_iters:
         raise ConfigError("--lr-warmup-fraction and --lr-warmup-iters", "they say the same", "leave one out")
     for name in ("min_lr", "lr_warmup_init"):
@@ -220,6 +198,12 @@ def _training(config: Config, layout: Layout) -> None:
             f"a warm-up of {warmup:g} steps and a decay that ends at step {decay_steps}",
             "the warm-up must end before the decay does",
             "shorten the warm-up",
+        )
+    if (optimizer.lr_wsd_decay_iters or 0) > decay_steps - warmup:
+        raise ConfigError(
+            f"lr-wsd-decay-iters {optimizer.lr_wsd_decay_iters} of {decay_steps - warmup:g} steps after the warm-up",
+            "WSD's last phase lies within them",
+            "shorten it",
         )
     if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_iters is None:
         raise ConfigError("--lr-decay-style WSD", "its last phase has a length", "give --lr-wsd-decay-iters")
