@@ -22,12 +22,19 @@ def rank() -> int:
 
 def setup(level: int = logging.INFO) -> None:
     """Send megasp's messages to stdout: all of rank 0's, warnings and errors of other ranks with their rank."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _Stdout()
     prefix = "" if rank() == 0 else f"[rank {rank()}] "
     handler.setFormatter(logging.Formatter(prefix + "%(message)s"))
     _LOGGER.handlers[:] = [handler]
     _LOGGER.setLevel(level if rank() == 0 else logging.WARNING)
     _LOGGER.propagate = False
+
+
+class _Stdout(logging.Handler):
+    """Writes to what stdout is at the moment, flushed: a log file shows a line when it happens."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
 
 
 def info(message: str) -> None:

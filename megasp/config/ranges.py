@@ -58,7 +58,8 @@ RANGES: dict[str, Range] = {
         POSITIVE,
     ),
     **dict.fromkeys(("hidden_dropout", "attention_dropout"), PROBABILITY),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "lr_warmup_fraction"), DECAY),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), DECAY),
+    "lr_warmup_fraction": Range("between 0 and 1", 0, 1),
     "rotary_percent": SHARE,
 }  # fmt: skip
 
@@ -70,6 +71,12 @@ def check_ranges(config: Config) -> None:
         for name, allowed in RANGES.items():
             value, flag = getattr(values, name, None), "--" + name.replace("_", "-")
             if name in REQUIRED and hasattr(values, name) and value == type(values)().__dict__[name]:
-                raise ConfigError(f"{flag} is not given", f"it must be {allowed.words}", f"give {flag} a value")
+                raise ConfigError(
+                    f"{flag} is not given",
+                    f"it must be {allowed.words}",
+                    f"give {flag} a value that is {allowed.words}",
+                )
             if value is not None and value not in allowed:
-                raise ConfigError(f"{flag} is {value}", f"it must be {allowed.words}", f"give {flag} such a value")
+                raise ConfigError(
+                    f"{flag} is {value}", f"it must be {allowed.words}", f"give {flag} a value that is {allowed.words}"
+                )

@@ -34,16 +34,20 @@ class _RMSNorm(torch.autograd.Function):
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
-        y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, epsilon)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y, mean, rstd = torch.native_layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), epsilon)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        return y
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        return *torch.ops.aten.native_layer_norm_backward(
-            dy.contiguous(), x, weight.shape, mean, rstd, weight, bias, [True, True, True]
-        ), None
+        wide_dy, wide_x, wide_weight, wide_bias = (t.to(rstd.dtype) for t in (dy, x, weight, bias))
+        gradients = torch.ops.aten.native_layer_norm_backward(
+            wide_dy.contiguous(), wide_x, weight.shape, mean, rstd, wide_weight, wide_bias, [True, True, True]
+        )
+        dx, dweight, dbias = (gradient.to(x.dtype) for gradient in gradients)
+        return dx, dweight, dbias, None
 
 
 class Norm(nn.Module):

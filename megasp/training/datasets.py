@@ -31,32 +31,43 @@ def tokenizer_of(config: Config) -> Tokenizer | None:
     """The tokenizer that the configuration names, if it names one."""
     if config.data.tokenizer_type is None:
         return None
-    data = config.data
+    data, vocab_size = config.data, config.model.vocab_size
+    if data.tokenizer_type == "NullTokenizer" and data.tokenizer_model is not None:
+        vocab_size = int(data.tokenizer_model)  # `resolve` left the number of ids there
     return TokenizerOptions(
         tokenizer_type=data.tokenizer_type,
         tokenizer_model=data.tokenizer_model,
         vocab_file=data.vocab_file,
         merge_file=data.merge_file,
         tiktoken_pattern=data.tiktoken_pattern,
-        vocab_size=config.model.vocab_size,
+        vocab_size=vocab_size,
     ).build()
 
 
 def resolve(config: Config) -> Config:
     """The configuration with what only the files know: the tokenizer's vocabulary size, and positions to cover."""
-    model = config.model
-    if model.vocab_size is None:
-        tokenizer = tokenizer_of(config)
-        if tokenizer is None:
-            raise ConfigError(
-                "no vocabulary",
-                "the model needs its size",
-                "give --tokenizer-type and --tokenizer-model, or --vocab-size",
-            )
+    model, data, tokenizer = config.model, config.data, tokenizer_of(config)
+    if tokenizer is None and model.vocab_size is None:
+        raise ConfigError(
+            "no vocabulary",
+            "the model needs its size",
+            "give --tokenizer-type and --tokenizer-model, or --vocab-size",
+        )
+    if tokenizer is not None and data.tokenizer_type == "NullTokenizer" and data.tokenizer_model is None:
+        # Its --vocab-size counts the ids, and the end-of-document token comes on top of them, as in Megatron-LM.
+        data = dataclasses.replace(data, tokenizer_model=str(model.vocab_size))
         model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+    if tokenizer is not None and model.vocab_size is None:
+        model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+    if tokenizer is not None and (model.vocab_size or 0) < tokenizer.vocab_size:
+        raise DataError(
+            f"--vocab-size is {model.vocab_size}",
+            f"{data.tokenizer_type} has ids up to {tokenizer.vocab_size - 1}",
+            f"leave it out, or give {tokenizer.vocab_size} or more",
+        )
     if model.max_position_embeddings is None:
         model = dataclasses.replace(model, max_position_embeddings=config.training.seq_length)
-    return dataclasses.replace(config, model=model)
+    return dataclasses.replace(config, model=model, data=data)
 
 
 def phase_of(config: Config, layout: Layout) -> Phase:

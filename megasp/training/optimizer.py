@@ -33,6 +33,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def steps_taken(optimizer: torch.optim.Optimizer) -> int:
+    """Steps that changed the weights: fewer than the run's where some had no finite gradient."""
+    return max((int(state["step"]) for state in optimizer.state.values()), default=0)
+
+
 def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
     """Set the number of steps taken, which Adam's bias correction reads."""
     for state in optimizer.state.values():

@@ -41,11 +41,11 @@ MAX_SKIPPED_STEPS = 10
 def main(argv: Sequence[str], prog: str) -> int:
     """Run the command."""
     config, source, _, notes = load(argv, parser(prog, (__doc__ or "").strip()))
-    for note in notes:
-        log.info(note)
     if source.print_config:
         print(to_yaml(config), end="")
         return 0
+    for note in notes:
+        log.info(note)
     config = resolve(config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     layout = validate(config, world_size, _device_type(config))

@@ -20,7 +20,7 @@ from megasp.data.phases import Phase, from_json, go_on, to_json
 from megasp.errors import CheckpointError
 from megasp.training.build import Training
 from megasp.training.datasets import phase_of
-from megasp.training.optimizer import set_step
+from megasp.training.optimizer import set_step, steps_taken
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def save(training: Training, progress: Progress, phases: Sequence[Phase]) -> Pat
         "data": {"phases": to_json(phases)},
         "rng": {"seed": config.training.seed},
         "has_optimizer": not config.checkpoint.no_save_optim,
+        "optimizer_steps": steps_taken(training.optimizer),
         "versions": {
             "megasp": __version__,
             "torch": torch.__version__,
@@ -111,7 +112,7 @@ def resume(training: Training) -> Progress:
     checkpoints.load(directory, shards(training, optimizer=with_optimizer))
     training.replicas.publish()
     progress = Progress() if options.finetune else Progress(**manifest.metadata["progress"])
-    set_step(training.optimizer, progress.step if with_optimizer else 0)
+    set_step(training.optimizer, manifest.metadata["optimizer_steps"] if with_optimizer else 0)
     what = "weights alone (--finetune)" if options.finetune else f"step {progress.step}"
     log.info(f"loaded {directory}: {what}, saved by layout {manifest.layout}")
     return progress

@@ -85,7 +85,7 @@ def test_refused(options: dict[str, Any], said: str) -> None:
 
 
 def test_window_and_sinks() -> None:
-    for changes, said in (({"attention_sinks": 4}, "give --window-size"), ({"window_size": -1}, "it counts tokens")):
+    for changes, said in (({"attention_sinks": 4}, "give --window-size"), ({"window_size": -1}, "0 or more")):
         plain = config()
         with pytest.raises(ConfigError, match=said):
             validate(dataclasses.replace(plain, model=dataclasses.replace(plain.model, **changes)), 1)

@@ -119,9 +119,9 @@ CASES = [
          {"--lr-warmup-init": {"lr_warmup_init": 0.0}}),
     Case("warm-up long", {"lr_warmup_iters": 10}, "warm-up of 10 steps and a decay that ends at step 10",
          "must end before", {"shorten": {"lr_warmup_iters": 9}}),
-    Case("warm-up share", {"lr_warmup_fraction": 1.0, "lr_decay_iters": 20}, "20 steps", "must end before",
-         {"shorten": {"lr_warmup_fraction": 0.5}}),
     Case("wsd", {"lr_decay_style": "WSD"}, "WSD", "has a length", {"--lr-wsd-decay-iters": {"lr_wsd_decay_iters": 2}}),
+    Case("wsd long", {"lr_decay_style": "WSD", "lr_warmup_iters": 3, "lr_wsd_decay_iters": 8}, "lr-wsd-decay-iters 8 "
+         "of 7 steps", "lies within them", {"shorten": {"lr_wsd_decay_iters": 7}}),
     Case("no data", {"mock_data": False}, "no --data-path", "needs a corpus",
          {"--data-path": {"data_path": ("x",)}, "--mock-data": {"mock_data": True}}),
     # Data
