@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.contest import Contestant, Outcome, play
 from benchmarks.trainers import make_megasp, make_transformers, version
-from benchmarks.workload import SEED, llama
+from benchmarks.workload import LEARNING_RATE, SEED, llama
 from megasp.config.schema import Config
 from megasp.data import Batch
 
@@ -77,10 +77,12 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=Path("docs/pictures/converge.svg"))
     args = parser.parse_args()
     contestants = [
-        Contestant("transformers, fp32", make_transformers, (SMALL, "fp32", text_batch), threads=2),
-        Contestant("megasp, fp32", make_megasp, (SMALL, "fp32", text_batch), threads=2),
-        Contestant("megasp, bf16", make_megasp, (SMALL, "bf16", text_batch), threads=2),
-        Contestant("transformers, fp32, 1 thread", make_transformers, (SMALL, "fp32", text_batch), threads=1),
+        Contestant("transformers, fp32", make_transformers, (SMALL, "fp32", LEARNING_RATE, text_batch), threads=2),
+        Contestant("megasp, fp32", make_megasp, (SMALL, "fp32", LEARNING_RATE, text_batch), threads=2),
+        Contestant("megasp, bf16", make_megasp, (SMALL, "bf16", LEARNING_RATE, text_batch), threads=2),
+        Contestant(
+            "transformers, fp32, 1 thread", make_transformers, (SMALL, "fp32", LEARNING_RATE, text_batch), threads=1
+        ),
     ]
     outcomes: list[Outcome] = play(contestants, args.steps, warmup=0)
     curves: dict[str, list[float]] = {outcome.contestant.name: outcome.results for outcome in outcomes}

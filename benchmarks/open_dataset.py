@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ def make_megasp(prefix: str) -> Callable[[int], int]:
 
     def call(_: int) -> int:
         corpus = IndexedDataset(prefix)
-        training, _, _ = split_ranges(SPLIT, len(corpus))
+        training, *_ = split_ranges(SPLIT, len(corpus))
         sample = GPTDataset(corpus, training, SEQUENCE, seed=1234).sample(0)
         return len(sample.tokens(0, SEQUENCE + 1).astype(np.int64)) - 1
 
@@ -68,7 +68,9 @@ def make_megatron(prefix: str, cache: str, keep: bool) -> Callable[[int], int]:
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
     class Tokenizer:
-        vocab_size, eod, unique_identifiers = 50000, 1, {"class": "Tokenizer"}
+        vocab_size = 50000
+        eod = 1
+        unique_identifiers: ClassVar = {"class": "Tokenizer"}
 
     def call(index: int) -> int:
         config = GPTDatasetConfig(

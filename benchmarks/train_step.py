@@ -1,7 +1,7 @@
 """Training step of a 56M Llama on a CPU: megasp beside transformers and megatron-core.
 
     python -m benchmarks.train_step [--dtype fp32|bf16]      # one process, 2 threads
-    python -m benchmarks.train_step --tp 2                   # tensor parallel 2 with sequence parallelism, 1 thread a rank
+    python -m benchmarks.train_step --tp 2                   # tensor parallel 2, sequence parallel, 1 thread a rank
 
 All train from the same weights on the same batches in turns (see contest.py), each by its own real path. Losses of
 every step must agree to 1e-4 in fp32 before any speed is printed; in bf16 to 2e-2, as the frameworks round at other

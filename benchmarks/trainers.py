@@ -26,7 +26,7 @@ from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.config.validate import validate
 from megasp.data import Batch
-from megasp.training.build import build
+from megasp.training.build import Training, build
 from megasp.training.step import train_step
 
 Step = Callable[[int], float]
@@ -38,7 +38,12 @@ def version(package: str) -> str:
 
 
 def make_megasp(
-    config: Config, dtype: str, source: Source = workload.batch, device: str = "cpu", kernel: str = "auto"
+    config: Config,
+    dtype: str,
+    lr: float = workload.LEARNING_RATE,
+    source: Source = workload.batch,
+    device: str = "cpu",
+    kernel: str = "auto",
 ) -> Step:
     """megasp as `pretrain` runs it; tensor parallel over all ranks, with sequence parallelism.
 
@@ -52,14 +57,37 @@ def make_megasp(
         parallel=dataclasses.replace(config.parallel, tensor_model_parallel_size=ranks, sequence_parallel=ranks > 1),
         training=dataclasses.replace(config.training, bf16=dtype == "bf16", attention_backend=kernel),
     )
-    layout = validate(config, ranks, device)
+    training = build_megasp(config, Layout(tp=ranks), device)
+    return lambda index: train_step(training, [source(config, index)], lr).loss
+
+
+def build_megasp(config: Config, layout: Layout, device: str = "cpu") -> Training:
+    """megasp's training on this rank, with the reference weights."""
+    assert validate(config, layout.world_size, device) == layout
     training = build(config, parallel_state.build(layout, torch.device(device)))
     workload.load_weights(training)
-    assert layout == Layout(tp=ranks)
-    return lambda index: train_step(training, [source(config, index)], workload.LEARNING_RATE).loss
+    return training
 
 
-def make_transformers(config: Config, dtype: str, source: Source = workload.batch, device: str = "cpu") -> Step:
+def microbatches(config: Config, step: int) -> list[Batch]:
+    """The microbatches of one step: each is one of the workload's batches."""
+    count = config.num_microbatches(Layout())
+    return [workload.batch(config, step * count + index) for index in range(count)]
+
+
+def make_megasp_pipeline(config: Config, lr: float = workload.LEARNING_RATE) -> Step:
+    """megasp over pipeline ranks, by the schedule of the configuration; fp32."""
+    training = build_megasp(config, Layout(pp=dist.get_world_size()))
+    return lambda index: train_step(training, microbatches(config, index), lr).loss
+
+
+def make_transformers(
+    config: Config,
+    dtype: str,
+    lr: float = workload.LEARNING_RATE,
+    source: Source = workload.batch,
+    device: str = "cpu",
+) -> Step:
     """transformers' LlamaForCausalLM with PyTorch's attention and fused AdamW."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -73,7 +101,7 @@ def make_transformers(config: Config, dtype: str, source: Source = workload.batc
             {"params": [p for p in parameters if p.ndim > 1]},
             {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
         ],
-        lr=workload.LEARNING_RATE,
+        lr=lr,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_eps,
         weight_decay=settings.weight_decay,
@@ -125,7 +153,7 @@ def make_megatron(
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
-            lr=workload.LEARNING_RATE,
+            lr=lr,
             weight_decay=settings.weight_decay,
             adam_beta1=settings.adam_beta1,
             adam_beta2=settings.adam_beta2,
@@ -168,7 +196,7 @@ def make_megatron(
         loss = torch.tensor(sum(float(part["loss"]) for part in found) / len(batches))
         if pipeline:
             dist.broadcast(loss, ranks - 1)
-        return loss.item()
+        return float(loss)
 
     return step
 
