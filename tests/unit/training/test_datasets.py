@@ -67,7 +67,8 @@ def test_mock_data_is_held_out_by_another_seed() -> None:
 
 def test_splits_share_no_document(corpus: str) -> None:
     found = build_datasets(config(mock_data=False, data_path=(corpus,), split="50,50,0"))
-    seen = [{int(t) for k in range(40) for t in d.sample(k).tokens(0, 9)} for d in (found.train, found.valid["validation"])]
+    both = (found.train, found.valid["validation"])
+    seen = [{int(t) for k in range(40) for t in d.sample(k).tokens(0, 9)} for d in both]
     assert seen[0].isdisjoint(seen[1]) and min(map(len, seen)) >= 19
 
 
