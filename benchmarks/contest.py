@@ -111,7 +111,7 @@ def _rank_main(pipe: Connection, contestant: Contestant, rank: int, folder: Path
     import torch
     import torch.distributed as dist
 
-    from megasp.parallel_state import use_loopback
+    from megasp.process_group import use_loopback
 
     torch.set_num_threads(contestant.threads)
     use_loopback()

@@ -45,9 +45,9 @@ def write_corpus(prefix: Path, tokens: int) -> None:
 def make_megasp(prefix: str) -> Callable[[int], int]:
     """Returns the length of the sample read, as its peer does."""
 
-    def call(_: int) -> int:
+    def call(index: int) -> int:
         corpus = IndexedDataset(prefix)
-        training, *_ = split_ranges(SPLIT, len(corpus))
+        training = split_ranges(SPLIT, len(corpus))[0]
         sample = GPTDataset(corpus, training, SEQUENCE, seed=1234).sample(0)
         return len(sample.tokens(0, SEQUENCE + 1).astype(np.int64)) - 1
 

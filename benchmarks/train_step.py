@@ -36,10 +36,10 @@ def contestants(dtype: str, tp: int) -> list[Contestant]:
     return found
 
 
-def same_loss(losses: Mapping[str, float], tolerance: float) -> None:
-    """Raise where a contestant's loss of a step is another than megasp's."""
+def same_loss(losses: Mapping[str, float], tolerance: float, reference: str = "megasp") -> None:
+    """Raise where a contestant's loss of a step is another than the reference's."""
     for name, loss in losses.items():
-        assert abs(loss - losses["megasp"]) <= tolerance, f"losses differ by more than {tolerance}: {losses} ({name})"
+        assert abs(loss - losses[reference]) <= tolerance, f"losses differ by more than {tolerance}: {losses} ({name})"
 
 
 def main() -> None:

@@ -92,15 +92,17 @@ def make_transformers(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     described = llama_config(config.model, config.training.seq_length, torch.float32, None)
-    model = LlamaForCausalLM(LlamaConfig(**described | {"use_cache": False}, attn_implementation="sdpa"))
+    options: dict[str, Any] = described | {"use_cache": False, "attn_implementation": "sdpa"}
+    model = LlamaForCausalLM(LlamaConfig(**options))
     model.load_state_dict({llama_name(name): value for name, value in workload.weights(config.model).items()})
     model.to(device).train()  # type: ignore[arg-type]
     parameters, settings = list(model.parameters()), config.optimizer
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim > 1]},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1]},
-            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-        ],
+        groups,
         lr=lr,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_eps,

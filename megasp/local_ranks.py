@@ -88,7 +88,7 @@ def _rank_main(
     import torch
     import torch.distributed as dist
 
-    from megasp.parallel_state import use_loopback
+    from megasp.process_group import use_loopback
 
     torch.set_num_threads(threads)
     use_loopback()

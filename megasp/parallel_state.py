@@ -9,9 +9,6 @@ which carry Megatron-LM's names:
     parallel_state.destroy_model_parallel()
 """
 
-import datetime
-import os
-import socket
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megasp.config.layout import AXES, UNIONS, Layout
 from megasp.errors import ConfigError
+from megasp.process_group import inherit_timeout, initialize_distributed
 
 __all__ = ["Axis", "Layout", "ParallelState", "Traffic", "initialize_model_parallel"]
 
@@ -132,44 +130,6 @@ class ParallelState:
 _STATE: ParallelState | None = None
 
 
-def initialize_distributed(backend: str | None = None, timeout_minutes: float = 10.0) -> torch.device:
-    """Join the process group that the launcher describes (torchrun's variables), or make one of a single process.
-
-    Args:
-        backend: "nccl" or "gloo"; nccl where there are GPUs without it.
-    Returns:
-        This rank's device.
-    """
-    use_cuda = torch.cuda.is_available() and backend != "gloo"
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
-    if use_cuda:
-        torch.cuda.set_device(device)
-    elif backend == "nccl":
-        raise ConfigError("--distributed-backend nccl", "it needs CUDA devices and this machine has none", "use gloo")
-    if dist.is_initialized():
-        return device
-    timeout = datetime.timedelta(minutes=timeout_minutes)
-    backend = backend or ("nccl" if use_cuda else "gloo")
-    if "RANK" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        return device
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"] and not use_cuda:
-        use_loopback()
-    dist.init_process_group(backend, timeout=timeout, device_id=device if use_cuda else None)
-    return device
-
-
-def use_loopback() -> None:
-    """Let gloo talk over the loopback interface, when all ranks are on this host and nobody chose an interface.
-
-    Without it gloo looks the host's own name up, which fails or finds a dead interface in many containers.
-    """
-    names = {name for _, name in socket.if_nameindex()}
-    loopback = next((name for name in ("lo", "lo0") if name in names), None)
-    if loopback:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-
-
 def build(layout: Layout, device: torch.device) -> ParallelState:
     """The state of this rank of the initialized process group. Every rank calls it with the same layout.
 
@@ -194,8 +154,10 @@ def build(layout: Layout, device: torch.device) -> ParallelState:
     ends = _pair(layout, "ends", (0, layout.pp - 1), Traffic()) or Axis("ends")
     neighbours = {(a, b % layout.pp) for a in range(layout.pp) for b in (a - 1, a + 1)}
     # What is sent counts as traffic of pp.
-    links = {pair: _pair(layout, "pp", pair, axes["pp"].traffic) for pair in sorted(neighbours)}
-    return ParallelState(layout, rank, device, axes, mesh, ends, {pair: axis for pair, axis in links.items() if axis})
+    pairs = {pair: _pair(layout, "pp", pair, axes["pp"].traffic) for pair in sorted(neighbours)}
+    links = {pair: axis for pair, axis in pairs.items() if axis}
+    inherit_timeout([axis.group for axis in (*axes.values(), ends, *links.values()) if axis and axis.group], device)
+    return ParallelState(layout, rank, device, axes, mesh, ends, links)
 
 
 def _axis(name: str, mesh: DeviceMesh, rank: int) -> Axis:

@@ -48,7 +48,15 @@ SAME_MODEL = (
 )
 """Attributes of `ModelConfig` that make another model: other tensors, or another function of the same ones."""
 
-MAY_CHANGE = ("rotary_base", "rotary_percent", "use_rope_scaling", "rope_scaling_factor", "norm_epsilon")
+MAY_CHANGE = (
+    "rotary_base",
+    "rotary_percent",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "norm_epsilon",
+    "window_size",
+    "attention_sinks",
+)
 """Attributes that a run may change on purpose, as to continue at longer context: said, not refused."""
 
 

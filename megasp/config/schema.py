@@ -293,8 +293,8 @@ class Config:
         """Forward passes per step on each data-parallel rank (after a ramp-up)."""
         return self.global_batch_size(layout) // (self.training.micro_batch_size * layout.dp)
 
-    def train_steps(self, layout: Layout) -> int:
-        """Steps of the whole run."""
+    def train_steps(self, layout: Layout, step: int = 0, samples: int = 0) -> int:
+        """Steps of the whole run, of which `step` have trained `samples` samples."""
         if self.training.train_iters is not None:
             return self.training.train_iters
-        return self.batch_schedule(layout).steps(0, self.training.train_samples or 0)
+        return step + self.batch_schedule(layout).steps(samples, self.training.train_samples or 0)

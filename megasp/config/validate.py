@@ -3,6 +3,7 @@
 `validate(config, world_size)` raises one `ConfigError`: what was given, the rule, the nearest values that work.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import PurePath
 
@@ -30,6 +31,7 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
     stages.split(config)
     _batch(config, layout)
     _training(config, layout)
+    _ignored(config)
     _attention_kernel(config, device)
     return layout
 
@@ -243,6 +245,31 @@ def _data(config: Config) -> None:
         raise ConfigError("--data-order megatron with --mock-data", "it orders corpora", "leave one out")
     if data.eod_starts_document and not (data.reset_position_ids or data.reset_attention_mask):
         raise ConfigError("--eod-starts-document", "nothing depends on documents", "add --reset-position-ids")
+
+
+NEEDED = {
+    "finetune": ("load", None),
+    "no_load_optim": ("load", None),
+    "no_load_rng": ("load", None),
+    "start_new_epoch": ("load", None),
+    "no_save_optim": ("save", None),
+    "tokenizer_model": ("tokenizer_type", None),
+    "vocab_file": ("tokenizer_type", None),
+    "merge_file": ("tokenizer_type", None),
+    "lr_wsd_decay_iters": ("lr_decay_style", "WSD"),
+}
+"""Options that do nothing without another: its name, and its value where not any will do."""
+
+
+def _ignored(config: Config) -> None:
+    """Refuse options that would silently do nothing."""
+    values = {name: value for group in dataclasses.asdict(config).values() for name, value in group.items()}
+    for name, (needed, wanted) in NEEDED.items():
+        there = values[needed]
+        if values[name] and (there is None if wanted is None else there != wanted):
+            option, other = (f"--{field.replace('_', '-')}" for field in (name, needed))
+            other = f"{other} {wanted}" if wanted else other
+            raise ConfigError(f"{option} without {other}", "it would do nothing", f"add {other}, or leave {option} out")
 
 
 def _attention_kernel(config: Config, device: str) -> None:

@@ -195,12 +195,12 @@ def drop_later_lines(file: Path, step: int) -> None:
     """Rewrite a metrics file without the lines past `step`, and without what a crash left half-written. Atomic."""
     if not file.exists():
         return
-    with file.open() as lines, AtomicFiles(file, overwrite=True) as kept:
+    with file.open(errors="replace") as lines, AtomicFiles(file, overwrite=True) as kept:
         for line in lines:
             try:
                 if json.loads(line)["step"] <= step:
-                    kept.files[0].write(line.encode())
-            except ValueError:  # the line that a crash cut
+                    kept.files[0].write(line.rstrip("\n").encode() + b"\n")
+            except (ValueError, KeyError, TypeError):  # the line that a crash cut
                 continue
 
 

@@ -20,7 +20,7 @@ from megasp.config.stages import split, table
 from megasp.config.validate import validate
 from megasp.data import BlendedDataset, Dataset, Loader
 from megasp.data.phases import Phase, describe
-from megasp.errors import DataError
+from megasp.errors import CheckpointError, DataError
 from megasp.model.flops import flops_per_token, parameter_count
 from megasp.pipeline import trace
 from megasp.pipeline.schedules import placement
@@ -72,14 +72,16 @@ def pretrain(training: Training) -> Progress:
     if config.checkpoint.save:
         checkpoints.check_writable(Path(config.checkpoint.save))
     start = resume.resume(training)
-    _introduce(training, datasets, phases, start)
+    _check_save(config, start)
+    train_steps = config.train_steps(state.layout, start.step, start.samples)
+    _introduce(training, datasets, phases, start, train_steps)
     run = Run(
         layout=state.layout.name,
         devices=state.layout.world_size,
         device=state.device,
         flops_per_token=flops_per_token(config.model, config.training.seq_length),
         peak_tflops=config.logging.peak_tflops or peak_tflops(state.device, next(training.model.parameters()).dtype),
-        train_steps=config.train_steps(state.layout),
+        train_steps=train_steps,
         start_step=start.step,
         start_tokens=start.tokens,
     )
@@ -139,14 +141,14 @@ class _Loop:
             self._check_finite(progress, result)
             last = progress.step == train_steps
             reason = self.stop.reason(progress.step)
+            interval = config.checkpoint.save_interval
+            if last or reason or (interval and progress.step % interval == 0):
+                saved = self._save(progress, saved)  # before an evaluation, which could fail or be killed
             if config.training.eval_iters and (last or progress.step % config.training.eval_interval == 0):
                 for name, dataset in self.datasets.valid.items():
                     self.metrics.validation(progress.step, loss=self._loss_on(dataset), name=name)
                 if last and self.datasets.test is not None:
                     self.metrics.validation(progress.step, loss=self._loss_on(self.datasets.test), name="test")
-            interval = config.checkpoint.save_interval
-            if last or reason or (interval and progress.step % interval == 0):
-                saved = self._save(progress, saved)
             if reason and not last:
                 log.info(f"stopping after step {progress.step}: {reason}")
                 break
@@ -190,12 +192,28 @@ def _metrics_file(config: Config) -> Path | None:
     return Path(config.checkpoint.save, "metrics.jsonl") if config.checkpoint.save else None
 
 
-def _introduce(training: Training, datasets: Datasets, phases: Sequence[Phase], start: Progress) -> None:
+def _check_save(config: Config, start: Progress) -> None:
+    """Refuse to begin a run over the checkpoints of another, and say when nothing will be kept."""
+    save, interval = config.checkpoint.save, config.checkpoint.save_interval
+    if save is None:
+        log.info(
+            "nothing will be saved (no --save)" + (f": --save-interval {interval} has no effect" if interval else "")
+        )
+    elif start.step == 0 and checkpoints.find_latest(Path(save)) is not None:
+        raise CheckpointError(
+            f"--save {save} holds checkpoints of another run",
+            "a run that starts anew would replace them and its metrics",
+            f"add --load {save} to go on with it, or name another directory",
+        )
+    if config.logging.trace:
+        Path(config.logging.trace).parent.mkdir(parents=True, exist_ok=True)
+
+
+def _introduce(training: Training, datasets: Datasets, phases: Sequence[Phase], start: Progress, steps: int) -> None:
     """Say what will run, before it runs; and keep the effective configuration with the run."""
     config, layout = training.config, training.state.layout
     batch, model = config.global_batch_size(layout), config.model
     dtype = str(next(training.model.parameters()).dtype).removeprefix("torch.")
-    steps = config.train_steps(layout)
     log.info(f"layout {layout.name}: {layout.describe()}, on {training.state.device.type}")
     context = split_context(config)
     if context.reason and layout.cp > 1:
@@ -235,7 +253,6 @@ def _stage_table(config: Config) -> list[str]:
 
 def _say_what_next(config: Config, progress: Progress, train_steps: int) -> None:
     if not config.checkpoint.save:
-        log.info("nothing was saved (no --save)")
         return
     root = config.checkpoint.save
     if progress.step < train_steps:

@@ -22,6 +22,9 @@ from megasp.training.build import Training
 from megasp.training.datasets import phase_of
 from megasp.training.optimizer import set_step, steps_taken
 
+OF_A_CHECKPOINT = ("finetune", "no_load_optim", "no_load_rng")
+"""Options that say what to take from a checkpoint."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -98,6 +101,11 @@ def resume(training: Training) -> Progress:
         return Progress()
     directory = checkpoints.find_latest(Path(options.load))
     if directory is None:
+        asked = [f"--{name.replace('_', '-')}" for name in OF_A_CHECKPOINT if getattr(options, name)]
+        if asked:
+            raise CheckpointError(
+                f"no checkpoint in {options.load}", f"{asked[0]} takes one", "check --load, or leave it out"
+            )
         log.info(f"no checkpoint in {options.load}: training starts anew")
         return Progress()
     manifest = checkpoints.read_manifest(directory)

@@ -182,3 +182,39 @@ def test_a_signal_saves_and_stops(corpus: str, tmp_path: Path, number: signal.Si
 
 def losses_so_far(save: Path) -> list[str]:
     return (save / "metrics.jsonl").read_text().splitlines()
+
+
+def test_a_new_run_does_not_replace_another(saved: Path, corpus: str) -> None:
+    before = (saved / "metrics.jsonl").read_text()
+    with pytest.raises(CheckpointError, match="add --load"):
+        _train_here(f"{RUN} --data-path {corpus} --split 80,20,0 --save {saved}")
+    assert (saved / "metrics.jsonl").read_text() == before
+
+
+def test_finetune_needs_a_checkpoint(corpus: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"no checkpoint in {tmp_path}: --finetune takes one"):
+        _train_here(f"{RUN} --data-path {corpus} --load {tmp_path} --finetune")
+
+
+def test_a_failing_evaluation_does_not_lose_the_run(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> float:
+        raise RuntimeError("evaluation")
+
+    monkeypatch.setattr("megasp.training.pretrain.evaluate", fail)
+    with pytest.raises(RuntimeError, match="evaluation"):
+        _train_here(f"{RUN} --data-path {corpus} --split 80,20,0 --save {tmp_path} --eval-interval 100")
+    directory = checkpoints.find_latest(tmp_path)
+    assert directory is not None and checkpoints.read_manifest(directory).step == 6
+
+
+def test_train_samples_count_what_was_read(corpus: str, tmp_path: Path) -> None:
+    """Another batch size on resume changes the steps that are left, not the samples."""
+    flags = (
+        f"{RUN.replace('--train-iters 6', '--train-samples 40')} --data-path {corpus} --split 80,20,0 --save {tmp_path}"
+    )
+    _train_here(f"{flags} --exit-interval 5")
+    _train_here(f"{flags.replace('--global-batch-size 4', '--global-batch-size 10')} --load {tmp_path}")
+    manifest = checkpoints.read_manifest(checkpoints.find_latest(tmp_path))
+    assert (manifest.step, manifest.metadata["progress"]["samples"]) == (7, 40)

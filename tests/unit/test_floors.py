@@ -11,6 +11,7 @@ FILES = sorted([*ROOT.glob("megasp/**/*.py"), ROOT / "pretrain_gpt.py"])
 
 FLOORS = [
     ["megasp.errors", "megasp.config", "megasp.log", "megasp"],
+    ["megasp.process_group"],
     ["megasp.parameters", "megasp.parallel_state", "megasp.shard_map", "megasp.data"],
     ["megasp.pipeline.schedules", "megasp.pipeline.simulate"],
     ["megasp.collectives", "megasp.local_ranks"],

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megasp import parallel_state
+from megasp import parallel_state, process_group
 from megasp.config.layout import AXES, UNIONS
 from megasp.errors import ConfigError
 from megasp.parallel_state import Axis, Layout, ParallelState, Traffic
@@ -115,17 +115,17 @@ def test_single_needs_no_process_group() -> None:
 
 def test_loopback_is_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """An interface that the user named stays."""
-    monkeypatch.setattr(parallel_state.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
+    monkeypatch.setattr(process_group.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
-    parallel_state.use_loopback()
-    assert parallel_state.os.environ["GLOO_SOCKET_IFNAME"] == "eth0"
+    process_group.use_loopback()
+    assert process_group.os.environ["GLOO_SOCKET_IFNAME"] == "eth0"
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    parallel_state.use_loopback()
-    assert parallel_state.os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    process_group.use_loopback()
+    assert process_group.os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    monkeypatch.setattr(parallel_state.socket, "if_nameindex", lambda: [(2, "eth0")])
-    parallel_state.use_loopback()
-    assert "GLOO_SOCKET_IFNAME" not in parallel_state.os.environ
+    monkeypatch.setattr(process_group.socket, "if_nameindex", lambda: [(2, "eth0")])
+    process_group.use_loopback()
+    assert "GLOO_SOCKET_IFNAME" not in process_group.os.environ
 
 
 def test_traffic() -> None:

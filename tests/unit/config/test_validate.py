@@ -122,6 +122,10 @@ CASES = [
     Case("wsd", {"lr_decay_style": "WSD"}, "WSD", "has a length", {"--lr-wsd-decay-iters": {"lr_wsd_decay_iters": 2}}),
     Case("wsd long", {"lr_decay_style": "WSD", "lr_warmup_iters": 3, "lr_wsd_decay_iters": 8}, "lr-wsd-decay-iters 8 "
          "of 7 steps", "lies within them", {"shorten": {"lr_wsd_decay_iters": 7}}),
+    Case("finetune alone", {"finetune": True}, "--finetune without --load", "would do nothing",
+         {"add --load": {"load": "x"}, "leave --finetune out": {"finetune": False}}),
+    Case("wsd phase alone", {"lr_wsd_decay_iters": 2}, "without --lr-decay-style WSD", "would do nothing",
+         {"--lr-decay-style WSD": {"lr_decay_style": "WSD"}}),
     Case("no data", {"mock_data": False}, "no --data-path", "needs a corpus",
          {"--data-path": {"data_path": ("x",)}, "--mock-data": {"mock_data": True}}),
     # Data

@@ -1,0 +1,61 @@
+"""Joining the process group: from a launcher's variables, or alone; over the interface that works."""
+
+import datetime
+import os
+import socket
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from megasp.errors import ConfigError
+
+
+def initialize_distributed(backend: str | None = None, timeout_minutes: float = 10.0) -> torch.device:
+    """Join the process group that the launcher describes (torchrun's variables), or make one of a single process.
+
+    Args:
+        backend: "nccl" or "gloo"; nccl where there are GPUs without it.
+    Returns:
+        This rank's device.
+    """
+    use_cuda = torch.cuda.is_available() and backend != "gloo"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    elif backend == "nccl":
+        raise ConfigError("--distributed-backend nccl", "it needs CUDA devices and this machine has none", "use gloo")
+    if dist.is_initialized():
+        return device
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    backend = backend or ("nccl" if use_cuda else "gloo")
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return device
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"] and not use_cuda:
+        use_loopback()
+    dist.init_process_group(backend, timeout=timeout, device_id=device if use_cuda else None)
+    return device
+
+
+def use_loopback() -> None:
+    """Let gloo talk over the loopback interface, when all ranks are on this host and nobody chose an interface.
+
+    Without it gloo looks the host's own name up, which fails or finds a dead interface in many containers.
+    """
+    names = {name for _, name in socket.if_nameindex()}
+    loopback = next((name for name in ("lo", "lo0") if name in names), None)
+    if loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+
+
+def inherit_timeout(groups: Iterable[dist.ProcessGroup], device: torch.device) -> None:
+    """Give groups the world's timeout; PyTorch gives new ones its own default. (Its private names stand here alone.)"""
+    if dist.get_backend() not in ("gloo", "nccl"):
+        return
+    world = dist.group.WORLD
+    assert world is not None
+    timeout = world._get_backend(device).options._timeout
+    for group in groups:
+        distributed_c10d._set_pg_timeout(timeout, group)
