@@ -26,6 +26,7 @@ from megasp.collectives import (
     start_reduce_scatter,
 )
 from megasp.model.init import Factory
+from megasp.model.matmul import linear
 from megasp.model.weight_gradients import WeightGradients
 from megasp.parallel_state import Axis
 from megasp.parameters import Piece, split, whole
@@ -54,11 +55,7 @@ class _Linear(torch.autograd.Function):
         ctx.axis, ctx.sequence_parallel, ctx.queue = axis, sequence_parallel, queue
         ctx.parameter = weight  # where a deferred gradient goes: under recompute what is saved is a detached copy
         full = start_all_gather(x, axis).wait() if sequence_parallel else x
-        # Into a fresh tensor: F.linear may return a view, which rotary could not rotate in place.
-        y = full.new_empty((*full.shape[:-1], weight.shape[0]))
-        rows, out = full.reshape(-1, full.shape[-1]), y.view(-1, weight.shape[0])
-        torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
-        return y
+        return linear(full, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
@@ -71,14 +68,14 @@ class _Linear(torch.autograd.Function):
         dy_2d = dy.reshape(-1, dy.shape[-1])
         dx = dw = None
         if wants_dx:
-            partial = (dy_2d @ weight).view(*dy.shape[:-1], weight.shape[1])
+            partial = linear(dy, weight.t())
             dx = (
                 start_reduce_scatter(partial, ctx.axis)
                 if ctx.sequence_parallel
                 else start_all_reduce(partial, ctx.axis)
             )
         if wants_dw:
-            dw = dy_2d.t() @ gathered.wait().reshape(-1, weight.shape[1])
+            dw = linear(dy_2d.t(), gathered.wait().reshape(-1, weight.shape[1]).t())
         db = dy_2d.sum(0) if wants_db else None
         return dx.wait() if dx is not None else None, dw, db, None, None, None
 

@@ -1,6 +1,6 @@
 """The output head and cross entropy in one: the logits of the whole batch never exist.
 
-For some rows of hidden states at a time: logits of this rank's part of the vocabulary, their log-sum-exp merged over
+For some rows of hidden states at a time: logits of this rank's part of the vocabulary, their softmax's sums merged over
 the tensor-parallel ranks, the loss, and at once the gradients, which are kept in place of the logits (they are as small
 as the hidden states and the weight). So the head's GEMMs run once each, and there is nothing to recompute.
 Vocab-parallel cross entropy: arXiv 1909.08053 section 3; chunked and fused with the head: as in arXiv 2410.10989.
@@ -9,14 +9,17 @@ Vocab-parallel cross entropy: arXiv 1909.08053 section 3; chunked and fused with
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megasp.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
+from megasp.model.matmul import linear
 from megasp.parallel_state import Axis
 
 CHUNK_BYTES = 128 * 2**20
-"""Size of the fp32 logits that exist at a time."""
+"""Size of the logits that exist at a time, in the model's dtype."""
+
+CACHE_BYTES = 2**20
+"""Size of the fp32 logits that a CPU passes over at a time, so that they stay in its cache between the passes."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -26,28 +29,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         ctx.axis, ctx.split = axis, split
         full = start_all_gather(hidden, axis).wait() if split else hidden
-        rows = full.reshape(-1, full.shape[-1])
+        rows, labels, mask = full.reshape(-1, full.shape[-1]), labels.reshape(-1), mask.reshape(-1)
         wide = torch.promote_types(rows.dtype, torch.float32)
-        chunk = max(1, CHUNK_BYTES // (weight.shape[0] * wide.itemsize))
+        chunk = max(1, CHUNK_BYTES // (weight.shape[0] * weight.itemsize))
         loss = torch.zeros((), dtype=wide, device=rows.device)
         dhidden = torch.empty_like(rows) if train else None
         dweight: Tensor | None = None
         for start in range(0, rows.shape[0], chunk):
             part = slice(start, start + chunk)
-            chunk_loss, dlogits = _chunk_loss(
-                rows[part], weight, labels.reshape(-1)[part], mask.reshape(-1)[part], axis, train
-            )
+            chunk_loss, dlogits = _chunk_loss(rows[part], weight, labels[part], mask[part], axis, train)
             loss += chunk_loss
             if dhidden is None or dlogits is None:
                 continue
-            dlogits = dlogits.to(rows.dtype)
-            torch.mm(dlogits, weight, out=dhidden[part])
-            if dweight is None:
-                dweight = (dlogits.t() @ rows[part]).to(wide)
-            elif weight.dtype == wide:
-                dweight.addmm_(dlogits.t(), rows[part])
-            else:
-                dweight += dlogits.t() @ rows[part]
+            dhidden[part] = linear(dlogits, weight.t())
+            part_dweight = linear(dlogits.t(), rows[part].t())
+            dweight = part_dweight if dweight is None else dweight.to(wide).add_(part_dweight)
         if dhidden is not None and dweight is not None:
             ctx.save_for_backward(dhidden.view_as(full), dweight.to(weight.dtype))
         return loss
@@ -69,24 +65,39 @@ def _chunk_loss(
     hidden [R, D], weight [V / T, D], labels and mask [R] -> scalar, [R, V / T] or None.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    logits = F.linear(hidden, weight).to(wide)
+    logits = linear(hidden, weight)
     local = labels - axis.rank * weight.shape[0]
     elsewhere = (local < 0) | (local >= weight.shape[0])
     local = local.masked_fill(elsewhere, 0)[:, None]
-    target = logits.gather(1, local).squeeze(1).masked_fill(elsewhere, 0)
-    largest = logits.amax(1)
-    probabilities = torch.softmax(logits, 1)
-    # softmax(logits) = exp(logits - lse), so the largest probability gives this rank's lse without a second pass.
-    lse = largest - probabilities.amax(1).log()
-    every_lse, every_target = start_all_gather(torch.stack((lse, target))[None], axis).wait().unbind(1)
-    full_lse = every_lse.logsumexp(0)
-    loss = ((full_lse - every_target.sum(0)) * mask).sum()
+    target = logits.gather(1, local).squeeze(1).to(wide).masked_fill(elsewhere, 0)
+    largest, total = (target.new_empty(target.shape) for _ in range(2))
+    passes = _passes(logits, wide)
+    for rows in passes:
+        part = logits[rows].to(wide)
+        largest[rows] = part.amax(1)
+        total[rows] = part.sub_(largest[rows, None]).exp_().sum(1)
+        logits[rows] = part  # which it already is where the dtypes are the same
+    statistics = torch.stack((largest, total, target))
+    every_largest, every_total, every_target = start_all_gather(statistics[None], axis).wait().unbind(1)
+    full_largest = every_largest.amax(0)
+    full_total = ((every_largest - full_largest).exp() * every_total).sum(0)
+    loss = ((full_total.log() + (full_largest - every_target.sum(0))) * mask).sum()
     if not train:
         return loss, None
     mask = mask.to(wide)
-    dlogits = probabilities.mul_(((lse - full_lse).exp() * mask)[:, None])
-    dlogits.scatter_add_(1, local, (-mask).masked_fill(elsewhere, 0)[:, None])
-    return loss, dlogits
+    scale = ((largest - full_largest).exp() / full_total * mask)[:, None]
+    at_label = (-mask).masked_fill(elsewhere, 0)[:, None]
+    for rows in passes:
+        dlogits = logits[rows].to(wide).mul_(scale[rows])
+        logits[rows] = dlogits.scatter_add_(1, local[rows], at_label[rows])
+    return loss, logits
+
+
+def _passes(logits: Tensor, wide: torch.dtype) -> list[slice]:
+    """The rows of logits to work on at a time."""
+    count = logits.shape[0]
+    step = max(1, CACHE_BYTES // (logits.shape[1] * wide.itemsize)) if logits.device.type == "cpu" else count
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def linear_cross_entropy(

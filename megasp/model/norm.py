@@ -25,7 +25,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         normed = x * rstd
         dy = dy.to(normed.dtype)
-        dweight = torch.einsum("...d,...d->d", dy, normed)
+        dweight = (dy * normed).flatten(0, -2).sum(0)
         dnormed = dy * weight
         projection = torch.linalg.vecdot(dnormed, normed).unsqueeze(-1).div_(x.shape[-1])
         return dnormed.addcmul_(normed, projection, value=-1).mul_(rstd).to(x.dtype), dweight.to(weight.dtype), None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megasp.collectives import Pending, start_all_gather
+from megasp.model.matmul import linear
 from megasp.parallel_state import Axis
 
 
@@ -29,7 +30,7 @@ class WeightGradient:
         return Pending(self.x) if self.gather is None else start_all_gather(self.x, self.gather)
 
     def finish(self, x: Pending) -> None:
-        dw = self.dy.reshape(-1, self.dy.shape[-1]).t() @ x.wait().reshape(-1, self.weight.shape[1])
+        dw = linear(self.dy.reshape(-1, self.dy.shape[-1]).t(), x.wait().reshape(-1, self.weight.shape[1]).t())
         # The backward of a leaf adds to its gradient and runs its hooks, as the backward of the graph would have.
         self.weight.backward(dw)
 
