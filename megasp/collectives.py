@@ -5,14 +5,13 @@
     reduce_from     all-reduce  identity
     gather_from     all-gather  reduce-scatter
     scatter_to      reduce-scatter  all-gather
-    all_to_all      all-to-all  all-to-all
 
 Gathers and scatters work on dim 0. Over an axis of one rank everything is the identity and nothing is counted.
 Every call adds to `axis.traffic`: what leaves this rank, by the algorithm-free count (all-to-all and reduce-scatter
 (w-1)/w of the input, all-gather (w-1) times the input, all-reduce 2 (w-1)/w; a message to one rank its size).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,31 +81,17 @@ def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
     return Pending(x, dist.all_reduce(x, group=axis.group, async_op=True))
 
 
-def start_all_to_all(x: Tensor, axis: Axis, sizes: tuple[list[int], list[int]] | None = None) -> Pending:
-    """[size * n, ...] -> [size * n, ...]: block r goes to rank r, block r comes from rank r.
-
-    Args:
-        sizes: rows of dim 0 that go to each rank and that come from each; all equal without it.
-    """
-    if axis.size == 1:
-        return Pending(x)
-    x = x.contiguous()
-    sent, received = sizes or (None, None)
-    own = sent[axis.rank] if sent else x.shape[0] // axis.size
-    axis.traffic.add("all_to_all", x.nbytes // x.shape[0] * (x.shape[0] - own))
-    out = x.new_empty((sum(received) if received else x.shape[0], *x.shape[1:]))
-    return Pending(out, dist.all_to_all_single(out, x, received, sent, group=axis.group, async_op=True))
-
-
 class PendingExchange:
     """Messages on their way; `wait()` returns when all have been sent and received."""
 
-    def __init__(self, works: list[Any]) -> None:
-        self._works = works
+    def __init__(self, works: list[Any], finish: Callable[[], None] | None = None) -> None:
+        self._works, self._finish = works, finish
 
     def wait(self) -> None:
         for work in self._works:
             work.wait()
+        if self._finish is not None:
+            self._finish()
 
 
 def start_exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], axis: Axis) -> PendingExchange:
@@ -116,10 +101,39 @@ def start_exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor,
     """
     for tensor, _ in sends:
         axis.traffic.add("send", tensor.nbytes)
+    return PendingExchange(_post(sends, receives, axis))
+
+
+def start_all_to_all(
+    sends: Sequence[Sequence[Tensor]], receives: Sequence[Sequence[Tensor]], axis: Axis
+) -> PendingExchange:
+    """Every rank's sends[r] go to rank r, into its receives[this rank]: tensors of the same shapes, of any strides.
+
+    All of it is one exchange, as an all-to-all is. Nothing is packed that is contiguous, and what stays on this rank is
+    copied straight from place to place while the rest travels.
+    """
+    others = [(axis.rank + distance) % axis.size for distance in range(1, axis.size)]
+    axis.traffic.add("all_to_all", sum(x.nbytes for rank in others for x in sends[rank]))
+    outgoing = [(x.contiguous(), rank) for rank in others for x in sends[rank]]
+    incoming = [(x, x if x.is_contiguous() else x.new_empty(x.shape), rank) for rank in others for x in receives[rank]]
+    works = _post(outgoing, [(buffer, rank) for _, buffer, rank in incoming], axis)
+    for mine, place in zip(sends[axis.rank], receives[axis.rank], strict=True):
+        place.copy_(mine)
+
+    def unpack() -> None:
+        outgoing.clear()  # held until here, as they may be copies
+        for place, buffer, _ in incoming:
+            if buffer is not place:
+                place.copy_(buffer)
+
+    return PendingExchange(works, unpack)
+
+
+def _post(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], axis: Axis) -> list[Any]:
     # A rank that only receives must not post before one that only sends: one batch, both directions (NCCL's rule).
     operations = [dist.P2POp(dist.isend, tensor, group=axis.group, group_peer=peer) for tensor, peer in sends]
     operations += [dist.P2POp(dist.irecv, tensor, group=axis.group, group_peer=peer) for tensor, peer in receives]
-    return PendingExchange(dist.batch_isend_irecv(operations) if operations else [])
+    return dist.batch_isend_irecv(operations) if operations else []
 
 
 def start_send(x: Tensor, link: Axis) -> Pending:
@@ -185,17 +199,6 @@ class _ScatterTo(torch.autograd.Function):
         return start_all_gather(grad, ctx.axis).wait(), None
 
 
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return start_all_to_all(x, axis).wait()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return start_all_to_all(grad, ctx.axis).wait(), None
-
-
 def _pair(function: type[torch.autograd.Function], x: Tensor, axis: Axis) -> Tensor:
     return x if axis.size == 1 else function.apply(x, axis)
 
@@ -218,8 +221,3 @@ def gather_from(x: Tensor, axis: Axis) -> Tensor:
 def scatter_to(x: Tensor, axis: Axis) -> Tensor:
     """[size * n, ...] -> [n, ...] of the sum over the axis; its gradient is gathered."""
     return _pair(_ScatterTo, x, axis)
-
-
-def all_to_all(x: Tensor, axis: Axis) -> Tensor:
-    """[size * n, ...] -> [size * n, ...], blocks exchanged; so is its gradient."""
-    return _pair(_AllToAll, x, axis)

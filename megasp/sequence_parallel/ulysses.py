@@ -16,7 +16,7 @@ Sent per rank and direction with even heads, f = (U - 1) / U, c local tokens, r 
 f c b (2 dq + 2 r dkv) elements.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -72,50 +72,60 @@ class _SequenceToHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: Axis) -> tuple[Tensor, ...]:
         shares = head_shares(q.shape[2], k.shape[2], axis.size)
-        ctx.axis, ctx.shares, ctx.kv_shape = axis, shares, k.shape
-        per_head = q.shape[0] * q.shape[1] * q.shape[3]
-        sizes = [sum(share.sizes) * per_head for share in shares]
-        send = q.new_empty(sum(sizes))
-        for share, part in zip(shares, send.split(sizes), strict=True):
-            views = part.view(*q.shape[:2], -1, q.shape[3]).split(share.sizes, 2)
-            for view, x in zip(views, (q[:, :, share.q0 : share.q1], k, v), strict=True):
-                view.copy_(x if x.shape[2] == view.shape[2] else x[:, :, share.k0 : share.k1])
-        mine = shares[axis.rank]
-        received = start_all_to_all(send, axis, (sizes, [sizes[axis.rank]] * axis.size)).wait()
-        return received.view(-1, q.shape[1], sum(mine.sizes), q.shape[3]).split(mine.sizes, 2)
+        ctx.axis, ctx.shares, ctx.kv_heads = axis, shares, k.shape[2]
+        sends = [_heads_of(share, q, k, v) for share in shares]
+        received = [x.new_empty(axis.size * len(x), *x.shape[1:]) for x in sends[axis.rank]]
+        start_all_to_all(sends, _by_rank(received, axis), axis).wait()
+        return tuple(received)
 
     @staticmethod
-    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        axis, shares, (length, batch, kv_heads, head_dim) = ctx.axis, ctx.shares, ctx.kv_shape
-        sizes = [sum(share.sizes) * length * batch * head_dim for share in shares]
-        send = torch.cat((dq, dk, dv), 2).flatten()
-        received = start_all_to_all(send, axis, ([sizes[axis.rank]] * axis.size, sizes)).wait()
-        copied = sum(share.k1 - share.k0 for share in shares) > kv_heads
-        wide = torch.promote_types(dq.dtype, torch.float32) if copied else dq.dtype
-        grad_q = dq.new_empty(length, batch, shares[-1].q1, head_dim)
-        grad_k, grad_v = (dq.new_zeros(ctx.kv_shape, dtype=wide) for _ in range(2))
-        for share, part in zip(shares, received.split(sizes), strict=True):
-            q, k, v = part.view(length, batch, -1, head_dim).split(share.sizes, 2)
-            grad_q[:, :, share.q0 : share.q1] = q
-            grad_k[:, :, share.k0 : share.k1] += k
-            grad_v[:, :, share.k0 : share.k1] += v
-        return grad_q, grad_k.to(dk.dtype), grad_v.to(dv.dtype), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        axis, shares = ctx.axis, ctx.shares
+        length, batch, head_dim = gradients[0].shape[0] // axis.size, gradients[0].shape[1], gradients[0].shape[3]
+        dq, dk, dv = (
+            x.new_empty(length, batch, heads, head_dim)
+            for x, heads in zip(gradients, (shares[-1].q1, ctx.kv_heads, ctx.kv_heads), strict=True)
+        )
+        places = [_heads_of(share, dq, dk, dv) for share in shares]
+        copied = sum(share.k1 - share.k0 for share in shares) > ctx.kv_heads
+        if copied:  # places overlap, so each copy's gradient comes to one of its own
+            places = [(q, torch.empty_like(k), torch.empty_like(v)) for q, k, v in places]
+        start_all_to_all(_by_rank(gradients, axis), places, axis).wait()
+        if copied:
+            dk, dv = (_sum_copies([place[index] for place in places], shares, dk) for index in (1, 2))
+        return dq, dk, dv, None
+
+
+def _heads_of(share: HeadShare, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Views of a rank's heads of [S, B, all heads, H]."""
+    return q[:, :, share.q0 : share.q1], k[:, :, share.k0 : share.k1], v[:, :, share.k0 : share.k1]
+
+
+def _by_rank(tensors: Sequence[Tensor], axis: Axis) -> list[tuple[Tensor, ...]]:
+    """Views of every rank's positions of [U S, ...]."""
+    return list(zip(*(x.chunk(axis.size) for x in tensors), strict=True))
+
+
+def _sum_copies(parts: list[Tensor], shares: Sequence[HeadShare], like: Tensor) -> Tensor:
+    """The gradient of all kv heads from those of every rank's copies, summed in fp32 or wider."""
+    total = like.new_zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32))
+    for share, part in zip(shares, parts, strict=True):
+        total[:, :, share.k0 : share.k1] += part
+    return total.to(like.dtype)
 
 
 def _gather_heads(x: Tensor, axis: Axis, heads: list[int]) -> Tensor:
     """[U S, B, this rank's heads, H] -> [S, B, all heads, H]; `heads` counts those of every rank."""
-    length, per_head = x.shape[0] // axis.size, x.shape[1] * x.shape[3] * (x.shape[0] // axis.size)
-    sizes = [count * per_head for count in heads]
-    received = start_all_to_all(x.flatten(), axis, ([sizes[axis.rank]] * axis.size, sizes)).wait()
-    return torch.cat([part.view(length, x.shape[1], -1, x.shape[3]) for part in received.split(sizes)], 2)
+    out = x.new_empty(x.shape[0] // axis.size, x.shape[1], sum(heads), x.shape[3])
+    start_all_to_all(_by_rank([x], axis), [(part,) for part in out.split(heads, 2)], axis).wait()
+    return out
 
 
 def _scatter_heads(x: Tensor, axis: Axis, heads: list[int]) -> Tensor:
     """The inverse of `_gather_heads`."""
-    send = torch.cat([part.flatten() for part in x.split(heads, 2)])
-    sizes = [count * x.shape[0] * x.shape[1] * x.shape[3] for count in heads]
-    received = start_all_to_all(send, axis, (sizes, [sizes[axis.rank]] * axis.size)).wait()
-    return received.view(-1, x.shape[1], heads[axis.rank], x.shape[3])
+    out = x.new_empty(axis.size * x.shape[0], x.shape[1], heads[axis.rank], x.shape[3])
+    start_all_to_all([(part,) for part in x.split(heads, 2)], _by_rank([out], axis), axis).wait()
+    return out
 
 
 class _HeadsToSequence(torch.autograd.Function):
