@@ -122,6 +122,9 @@ class ParallelConfig:
     distributed_timeout_minutes: float = flag(10.0, "how long a collective waits for the other ranks")
 
 
+PACKINGS = ("stream", "best-fit")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Data."""
@@ -142,6 +145,12 @@ class DataConfig:
         "order of training samples; megatron is Megatron-LM's for the same seed, length, split and number of samples, "
         "to finish a run that began there",
         choices=("keyed", "megatron"),
+    )
+    document_packing: str = flag(
+        "stream",
+        "how documents fill samples: stream cuts the corpus where a sample ends; best-fit keeps documents whole where "
+        "they fit, and pads",
+        choices=PACKINGS,
     )
     start_new_epoch: bool = flag(
         False,

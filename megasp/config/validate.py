@@ -243,6 +243,10 @@ def _data(config: Config) -> None:
             raise ConfigError(f"--multiple-validation-sets with {names}", rule, "give prefixes of different names")
     if data.data_order == "megatron" and data.mock_data:
         raise ConfigError("--data-order megatron with --mock-data", "it orders corpora", "leave one out")
+    if data.document_packing != "stream" and (data.data_order == "megatron" or data.mock_data):
+        other = "--mock-data" if data.mock_data else "--data-order megatron"
+        rule = "it packs the documents of a corpus in the keyed order"
+        raise ConfigError(f"--document-packing {data.document_packing} with {other}", rule, "leave one out")
     if data.eod_starts_document and not (data.reset_position_ids or data.reset_attention_mask):
         raise ConfigError("--eod-starts-document", "nothing depends on documents", "add --reset-position-ids")
 

@@ -153,7 +153,10 @@ class Loader:
                 columns = slice(column, column + stop - start)
                 tokens[row, columns], labels[row, columns] = ids[:-1], ids[1:]
                 column += stop - start
-        mask = (tokens != rules.eod) if rules.mask_loss else np.ones(tokens.shape, bool)
+        ends = np.array([sample.length for sample in samples])
+        mask = self.positions < ends[:, None] - 1  # padding, and what comes before it, has no label
+        if rules.mask_loss:
+            mask &= tokens != rules.eod
         starts = position_ids = None
         if rules.reset_positions or rules.reset_attention:
             starts = tuple(map(self._document_starts, samples))

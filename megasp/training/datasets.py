@@ -77,7 +77,7 @@ def phase_of(config: Config, layout: Layout) -> Phase:
     batch = config.batch_schedule(layout)
     samples = training.train_samples or batch.advance(0, training.train_iters or 0)
     megatron = samples if data.data_order == "megatron" else 0
-    return first_phase(path, split, training.seq_length, training.seed, batch, megatron)
+    return first_phase(path, split, training.seq_length, training.seed, batch, megatron, data.document_packing)
 
 
 def build_datasets(config: Config, phase: Phase | None = None) -> Datasets:
@@ -116,7 +116,8 @@ def build_datasets(config: Config, phase: Phase | None = None) -> Datasets:
 
 def _whole(config: Config, phase: Phase, data_path: Sequence[str]) -> Dataset:
     """All of some corpora, blended."""
-    return first_phase(data_path, "1", config.training.seq_length, config.training.seed, phase.batch).dataset()
+    length, seed, packing = config.training.seq_length, config.training.seed, config.data.document_packing
+    return first_phase(data_path, "1", length, seed, phase.batch, packing=packing).dataset()
 
 
 def constant_batch(config: Config) -> Config:
