@@ -144,7 +144,7 @@ class IndexedDataset:
         """
         assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
         found = np.empty(stop - start, self.dtype)
-        left, offset = memoryview(found.view(np.uint8)), start * self.dtype.itemsize
+        left, offset = found.view(np.uint8).data, start * self.dtype.itemsize
         while left:
             count = os.preadv(self._bin, [left], offset)
             if count == 0:

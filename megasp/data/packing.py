@@ -96,9 +96,8 @@ def _packed(
     for block in range(0, last - first, rows * window):
         count = min(rows * window, last - first - block)
         begins, ends = _documents(corpus, first + block, count, start, stop)
-        lengths = np.zeros(-(-count // window) * window, np.int64)
-        lengths[:count] = ends - begins
-        lengths = lengths.reshape(-1, window)
+        lengths = np.zeros((-(-count // window), window), np.int64)
+        lengths.flat[:count] = ends - begins
         packed, used = best_fit(lengths % length, length)
         bins[block : block + count] = packed.ravel()[:count]
         counts += ((lengths // length).sum(1) + used).tolist()

@@ -163,7 +163,7 @@ def go_on(stored: Sequence[Phase], wanted: Phase, step: int, samples: int, new_e
         if changed and not new_epoch:
             raise DataError(
                 f"{part.prefix} was {before.fingerprint} in the run so far and is now {part.fingerprint}",
-                "a corpus that was appended to, rebuilt or split differently has another order of samples, and so has one "
+                "a corpus that was appended to, rebuilt or split differently has another order of samples; so has one "
                 "that is packed differently, or by best-fit for another --seq-length",
                 "restore it, or begin a new epoch of it by --start-new-epoch",
             )

@@ -26,7 +26,14 @@ from megasp.pipeline import trace
 from megasp.pipeline.schedules import placement
 from megasp.training import communication, resume
 from megasp.training.build import Training, build
-from megasp.training.datasets import Datasets, build_datasets, build_loader, constant_batch, resolve
+from megasp.training.datasets import (
+    Datasets,
+    build_datasets,
+    build_loader,
+    constant_batch,
+    resolve,
+    warn_of_sorted_corpora,
+)
 from megasp.training.devices import peak_tflops
 from megasp.training.learning_rate import learning_rate
 from megasp.training.metrics import Metrics, Run
@@ -235,6 +242,8 @@ def _introduce(training: Training, datasets: Datasets, phases: Sequence[Phase], 
         left = config.batch_schedule(layout).advance(start.samples, steps - start.step) - start.samples
         for line in datasets.train.epochs(start.samples, left):
             log.info(f"data: {line}")
+    if training.state.rank == 0:
+        warn_of_sorted_corpora(phases[-1])
     log.info(
         "loss: mean over all target tokens of the global batch (Megatron-LM averages over microbatches by default)"
     )
