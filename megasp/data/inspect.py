@@ -78,5 +78,6 @@ def _packing(corpus: IndexedDataset, lengths: np.ndarray, seq_length: int) -> st
     padding = BestFit(corpus, 0, corpus.num_tokens, seq_length).padding
     return (
         f"in samples of {seq_length:,} tokens --document-packing stream cuts about {by_stream:.1%} of the documents "
-        f"and pads nothing; best-fit cuts {longer:.1%}, those that are longer, and {padding:.2%} of its tokens are padding"
+        f"and pads nothing; best-fit cuts {longer:.1%}, those that are longer, and {padding:.2%} of its tokens are "
+        "padding"
     )

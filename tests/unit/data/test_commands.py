@@ -48,9 +48,8 @@ def test_histogram_counts_documents_and_shares_of_tokens(corpus):
     assert document_lengths.histogram(np.zeros(3, int)) == []
     assert document_lengths.histogram(np.array([2**40 - 1, 2**40]))[0].span == f"{2**39:,}-{2**40 - 1:,}"
     data = corpus([5, 0, 7, 1])
-    assert (
-        document_lengths.document_lengths(data).tolist() == document_lengths.some_lengths(data).tolist() == [5, 0, 7, 1]
-    )
+    for lengths in (document_lengths.document_lengths, document_lengths.some_lengths):
+        assert lengths(data).tolist() == [5, 0, 7, 1]
 
 
 def test_inspect_says_what_packing_cuts_and_pads(corpus, said):

@@ -8,7 +8,9 @@ import lzma
 import os
 import random
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +131,8 @@ def test_shuffle_is_a_permutation_that_neither_buffer_nor_chunks_change(tmp_path
     shuffled = texts(process(tmp_path, source, name=f"b{buffer}", shuffle=True))
     assert shuffled == whole != plain and sorted(shuffled) == sorted(plain)
     assert texts(process(tmp_path, source, name="other", shuffle=True, shuffle_seed=1)) != shuffled
+    monkeypatch.setattr(shuffle, "LONG", 9)
+    assert texts(process(tmp_path, source, name="long", shuffle=True)) == whole
 
 
 def die_at(event: int, options: Options) -> bool:
@@ -179,6 +183,34 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, monkeypatch,
                 )
                 assert ours == unbroken, (round, key, ending)
     assert not [path for path in tmp_path.iterdir() if "preprocess" in path.name or "partial" in path.name]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes by /proc")
+def test_workers_end_with_a_killed_parent(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", [{"text": "word " * 200}] * 50_000)
+    flags = [
+        "--input",
+        source,
+        "--tokenizer-type",
+        "ByteTokenizer",
+        "--workers",
+        "2",
+        "--output-prefix",
+        tmp_path / "x",
+    ]
+    program = [sys.executable, "-m", "megasp.cli", "preprocess", *map(str, flags)]
+    parent = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    children, deadline = [], time.monotonic() + 60
+    while len(children) < 3:  # two workers and multiprocessing's resource tracker
+        assert parent.poll() is None and time.monotonic() < deadline
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        time.sleep(0.02)
+    time.sleep(0.5)  # until they work
+    parent.kill()
+    parent.wait()
+    while any(Path(f"/proc/{child}/fd/0").exists() for child in children):
+        assert time.monotonic() < deadline, children
+        time.sleep(0.02)
 
 
 def test_chunks_of_other_input_are_not_used(tmp_path, monkeypatch):
