@@ -104,6 +104,9 @@ def _packed(
     return window, first, bins, np.cumsum(counts, dtype=np.int64)
 
 
+forget_packings = _packed.cache_clear
+
+
 def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Best-fit decreasing of the rows of `lengths`, all at once.
 

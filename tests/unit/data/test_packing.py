@@ -53,7 +53,7 @@ def packed(corpus: IndexedDataset, seq_length: int, sequences: tuple[int, int] |
 def small_windows(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(packing, "DOCUMENTS", (4, 8))
     patch.setattr(packing, "BLOCK", 16)
-    packing._packed.cache_clear()
+    packing.forget_packings()
 
 
 @several
@@ -91,7 +91,7 @@ def test_windows_do_not_depend_on_the_block(corpus, monkeypatch):
     data = corpus(np.random.default_rng(0).integers(0, 30, 500).tolist())
 
     def samples():
-        packing._packed.cache_clear()
+        packing.forget_packings()
         dataset = packed(data, 16)
         return [dataset.stream.sample(k) for k in range(dataset.samples_per_epoch)]
 

@@ -16,7 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megasp.data import HuggingFaceTokenizer, IndexedDataset, chunks, indexed_dataset_builder, preprocess, shuffle
+from megasp.data import (
+    HuggingFaceTokenizer,
+    IndexedDataset,
+    chunks,
+    indexed_dataset_builder,
+    long_lines,
+    preprocess,
+    shuffle,
+)
 from megasp.data import text_files as files
 from megasp.data.preprocess import Options, run
 from megasp.data.train_tokenizer import Options as TrainingOptions
@@ -82,6 +90,7 @@ def test_ids_of_a_long_document_are_those_of_the_whole(tmp_path, monkeypatch, wo
     [expected] = HuggingFaceTokenizer(model).encode_batch([text])
     monkeypatch.setattr(files, "LONG", 5000)
     monkeypatch.setattr(files, "PART", 3000)
+    monkeypatch.setattr(long_lines, "LONG", 1000)
     source = tmp_path / "long.txt"
     if kind == "json":
         source = write_lines(tmp_path / "long.jsonl", [{"text": text}, {"text": "short"}])
@@ -101,6 +110,26 @@ def test_a_long_document_that_turns_out_bad_leaves_nothing(tmp_path, monkeypatch
     with pytest.raises(DataError, match=r"b\.txt: not UTF-8"):
         process(tmp_path, *inputs)
     assert texts(process(tmp_path, *inputs, skip_bad_lines=True)) == ["good " * 50, "fine " * 50]
+
+
+def test_a_long_json_line_that_turns_out_bad_leaves_nothing(tmp_path, monkeypatch):
+    for module, name, size in ((files, "LONG", 50), (files, "PART", 30), (long_lines, "LONG", 10)):
+        monkeypatch.setattr(module, name, size)
+    good = json.dumps({"meta": {"text": "not this one" * 9}, "text": "good " * 50, "url": "u" * 90})
+    bad = {
+        "malformed JSON": good[:-1],
+        "found keys 'meta', 'url'": json.dumps({"meta": "m" * 100, "url": "u" * 90}),
+        "not UTF-8": good.encode().replace(b"good good", b"good \xff", 1),
+        "malformed JSON .*Invalid": good.replace("good good", "good \\q", 1),
+        "malformed JSON .*control character": good.replace("good good", "good \t", 1),
+    }
+    for number, (message, line) in enumerate(bad.items()):
+        line = line if isinstance(line, bytes) else line.encode()
+        (tmp_path / "a.jsonl").write_bytes(good.encode() + b"\n" + line + b"\n" + good.encode())
+        with pytest.raises(DataError, match=rf"a\.jsonl, line 2: {message}"):
+            process(tmp_path, tmp_path / "a.jsonl")
+        made = process(tmp_path, tmp_path / "a.jsonl", name=f"skipped{number}", skip_bad_lines=True)
+        assert texts(made) == ["good " * 50] * 2
 
 
 def test_a_document_beyond_31_bits_is_refused(tmp_path, monkeypatch):
