@@ -95,6 +95,7 @@ def draw(rows: list[Doubling], title: str, file: str, seq_length: int | None = N
         DataError: matplotlib is missing or knows no such format.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError:
         raise DataError(f"--picture {file}", "pictures are drawn by matplotlib", "pip install matplotlib") from None
@@ -111,6 +112,7 @@ def draw(rows: list[Doubling], title: str, file: str, seq_length: int | None = N
     axes.set(title=title, xlabel="tokens in a document, by doublings")
     axes.legend()
     try:
-        figure.savefig(file)
+        with rc_context({"svg.fonttype": "none"}):  # text, not outlines
+            figure.savefig(file)
     except ValueError as error:
         raise DataError(f"--picture {file}", str(error), "end its name in .png, .svg or .pdf") from None
