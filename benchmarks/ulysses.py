@@ -38,7 +38,7 @@ from megasp.sequence_parallel import UlyssesAttention, attend
 
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 Sent = tuple[int, int]
-"""Exchanges (all ranks with all, whatever it takes underneath) and bytes that left a rank in one forward and backward."""
+"""Exchanges of all ranks with all (whatever each takes underneath), and bytes that left a rank, forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -275,8 +275,8 @@ def main() -> None:
                 print(table(outcomes), "\n")
                 for outcome in outcomes:
                     exchanges, sent = outcome.results[-1]
-                    share = ratio(outcomes[0], outcome).text()
-                    print(f"- {outcome.contestant.name}: {exchanges} exchanges, {sent:,} bytes; ours / its time {share}")
+                    name, share = outcome.contestant.name, ratio(outcomes[0], outcome).text()
+                    print(f"- {name}: {exchanges} exchanges, {sent:,} bytes; ours / its time {share}")
                 print("- megasp's equal the closed form\n", flush=True)
                 sent_by = {outcome.contestant.name: outcome.results[-1] for outcome in outcomes}
                 case_line = {"mode": mode, "ranks": ranks, "kv_heads": kv_heads, "sequence": args.sequence}
