@@ -38,7 +38,7 @@ from megasp.sequence_parallel import UlyssesAttention, attend
 
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 Sent = tuple[int, int]
-"""Exchanges of all ranks with all (whatever each takes underneath), and bytes that left a rank, forward and backward."""
+"""Exchanges of all ranks with all (whatever each takes underneath), and bytes that left a rank in one call."""
 
 
 @dataclass(frozen=True)
