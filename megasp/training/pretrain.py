@@ -80,7 +80,7 @@ def pretrain(training: Training) -> Progress:
         devices=state.layout.world_size,
         device=state.device,
         flops_per_token=flops_per_token(config.model, config.training.seq_length),
-        peak_tflops=config.logging.peak_tflops or peak_tflops(state.device, next(training.model.parameters()).dtype),
+        peak_tflops=config.logging.peak_tflops or peak_tflops(state.device, training.dtype),
         train_steps=train_steps,
         start_step=start.step,
         start_tokens=start.tokens,
@@ -213,7 +213,7 @@ def _introduce(training: Training, datasets: Datasets, phases: Sequence[Phase], 
     """Say what will run, before it runs; and keep the effective configuration with the run."""
     config, layout = training.config, training.state.layout
     batch, model = config.global_batch_size(layout), config.model
-    dtype = str(next(training.model.parameters()).dtype).removeprefix("torch.")
+    dtype = str(training.dtype).removeprefix("torch.")
     log.info(f"layout {layout.name}: {layout.describe()}, on {training.state.device.type}")
     context = split_context(config)
     if context.reason and layout.cp > 1:
