@@ -61,7 +61,9 @@ PIPELINE_FIELDS = (
 class Options:
     """Verification."""
 
-    layout: tuple[str, ...] = flag((), "layout to compare with one process, such as tp2-u2 or dp2-zero3; may be repeated")
+    layout: tuple[str, ...] = flag(
+        (), "layout to compare with one process, such as tp2-u2 or dp2-zero3; may be repeated"
+    )
     steps: int = flag(3, "training steps to compare")
     dtype: str = flag("fp64", "precision to compute in", choices=tuple(TOLERANCES))
     collectives: bool = flag(

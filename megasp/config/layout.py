@@ -137,6 +137,7 @@ class Layout:
         """One line for a person: `8 ranks = tensor 2 x pipeline 1 x Ulysses 2 x ring 1 x data 2`."""
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
         sequence = f"Ulysses {self.ulysses} x ring {self.ring}"
-        over = f"{self.dp_inner * self.cp} ranks" + (f" in each of {self.dp_outer} replicas" if self.dp_outer > 1 else "")
+        shards = self.dp_inner * self.cp
+        over = f"{shards} ranks" if shards > 1 else "1 rank, which shares nothing out"
         zero = f", ZeRO-{self.zero} over {over}" if self.zero else ""
         return f"{ranks} = tensor {self.tp} x pipeline {self.pp} x {sequence} x data {self.dp}{zero}"

@@ -35,7 +35,8 @@ class Shards:
 
     Args:
         stages: models in their compute dtype; they are wrapped in place, and their weights become fp32 shards.
-        state: `dp_cp` shards, `dp_outer` replicates; the layout says which ZeRO stage.
+        state: `dp_cp` shards, `dp_outer` replicates.
+        zero_stage: 1, 2 or 3.
         gradient_dtype: of accumulation and reduction; fp32 or wider without it.
         deferred: weight gradients come apart from the backward.
     """
@@ -44,10 +45,11 @@ class Shards:
         self,
         stages: Sequence[GPTModel],
         state: ParallelState,
+        zero_stage: int,
         gradient_dtype: torch.dtype | None = None,
         deferred: bool = False,
     ) -> None:
-        self.zero_stage, self.deferred = state.layout.zero, deferred
+        self.zero_stage, self.deferred = zero_stage, deferred
         self.shard_axis, self.outer = state.axes["dp_cp"], state.axes["dp_outer"]
         self.owner = self.outer.rank == 0
         pieces = [p.pieces for stage in stages for p in stage.parameters()]  # type: ignore[attr-defined]
@@ -81,7 +83,7 @@ class Shards:
             if self.outer.size > 1:
                 wrapped.set_all_reduce_hook(self._count_all_reduce)
         for unit in alone:
-            unit.set_unshard_in_backward(False)  # type: ignore[union-attr, operator]
+            unit.set_unshard_in_backward(False)  # type: ignore[operator]
 
     def _count_all_reduce(self, x: Tensor) -> None:
         """fully_shard sums shards over replicas by itself."""

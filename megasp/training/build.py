@@ -82,8 +82,9 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
     model = nn.ModuleList(stages.values())
     gradient_dtype = torch.bfloat16 if config.training.grad_reduce_in_bf16 else None
     replicas: Replicas | Shards
-    if state.layout.zero and state.axes["dp_cp"].size > 1:
-        replicas = Shards(list(stages.values()), state, gradient_dtype, plan.defers_weight_gradients)
+    zero = config.parallel.zero_stage
+    if zero and state.axes["dp_cp"].size > 1:
+        replicas = Shards(list(stages.values()), state, zero, gradient_dtype, plan.defers_weight_gradients)
     else:
         replicas = Replicas(model, state.gradients, gradient_dtype)
     pipeline = Pipeline(plan, stages, state, replicas.begin_microbatch, dtype)

@@ -135,6 +135,7 @@ class _Loop:
                 lr=lr,
                 tokens=progress.tokens,
                 seconds=time.perf_counter() - began,
+                loss_scale=result.loss_scale if config.training.fp16 else None,
             )
             if config.logging.log_comm and (progress.step == 1 or progress.step % config.logging.log_interval == 0):
                 communication.report(self.training, microbatches)
@@ -160,10 +161,19 @@ class _Loop:
         return self.training.config.logging.trace if step == 1 else None
 
     def _check_finite(self, progress: Progress, result: StepResult) -> None:
-        """Tell of a step whose gradient was NaN or infinite (it was not applied), and end a run of many such."""
-        self.skipped = 0 if math.isfinite(result.grad_norm) else self.skipped + 1
-        if self.skipped:
-            log.info(f"step {progress.step}: loss {result.loss}, gradient norm {result.grad_norm}: weights not updated")
+        """Tell of a step whose gradient was NaN or infinite (it was not applied), and end a run of many such.
+
+        An overflow of fp16 does not count while the loss scale can fall.
+        """
+        scale = self.training.loss_scale
+        finite = math.isfinite(result.grad_norm)
+        self.skipped = 0 if finite or scale.can_fall else self.skipped + 1
+        if not finite:
+            overflow = f" at loss scale {result.loss_scale:g}" if self.training.config.training.fp16 else ""
+            log.info(
+                f"step {progress.step}: loss {result.loss}, gradient norm {result.grad_norm}{overflow}: weights not "
+                f"updated" + (f", loss scale now {scale.scale:g}" if overflow else "")
+            )
         if self.skipped == MAX_SKIPPED_STEPS:
             raise DataError(
                 f"{self.skipped} steps in a row had no finite gradient",
