@@ -89,7 +89,7 @@ def _as_replicas(layout: str, flags: dict[str, Any], dtype_name: str) -> None:
     replicated, losses, norms = trained(layout.split("-zero")[0], flags, dtype)
     sharded, same_losses, same_norms = trained(layout, flags, dtype)
     assert isinstance(sharded.replicas, Shards) and losses == same_losses
-    assert norms == pytest.approx(same_norms, rel=1e-12), "their squares are added in another order"
+    assert norms == pytest.approx(same_norms, rel=1e-6), "those of vectors are rounded to fp32 by shard"
     reference = whole(replicated)
     for master in sharded.replicas.masters:
         for piece, local in placed(master.pieces):  # type: ignore[attr-defined]
