@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megasp import parallel_state
 from megasp.config.layout import Layout
+from megasp.config.validate import validate
 from megasp.data_parallel import Shards
 from megasp.parameters import placed
 from megasp.training.build import Training, build
@@ -54,6 +55,15 @@ def test_rows_that_do_not_divide(tmp_path: Path) -> None:
     """32 rows over three ranks; norms of 4 rows, and query heads, of which the last rank has none."""
     flags = {"num_layers": 2, "global_batch_size": 12, "qk_layernorm": True}
     compare([("dp3-zero1", flags), ("dp3-zero3", flags)], tmp_path, TOLERANCE)
+
+
+def test_a_layout_names_the_stage_or_leaves_it_to_the_flags() -> None:
+    for layout, flags, name in (
+        ("dp4-dpo2-zero2", {}, "tp1-pp1-u1-r1-dp4-dpo2-zero2"),
+        ("dp2", {"use_distributed_optimizer": True}, "tp1-pp1-u1-r1-dp2-zero1"),
+        ("dp2-zero3", {"data_parallel_sharding_strategy": "optim"}, "tp1-pp1-u1-r1-dp2-zero3"),
+    ):
+        assert validate(config_of(layout, flags), Layout.parse(layout).world_size).name == name
 
 
 def started(layout: str, flags: dict[str, Any], dtype: torch.dtype) -> Training:
@@ -103,11 +113,14 @@ def _as_replicas(layout: str, flags: dict[str, Any], dtype_name: str) -> None:
         ("dp2-zero1", {"bf16": True, "grad_reduce_in_bf16": True}, "bfloat16"),
         ("u2-zero1", {"fp16": True, "initial_loss_scale": 1024.0}, "float16"),
         ("dp2-zero1", {"recompute_granularity": "full", "untie_embeddings_and_output_weights": True}, "float32"),
+        ("pp2-dp2-zero1", {"pipeline_schedule": "zb-h1"}, "bfloat16"),
+        ("pp2-dp2-zero3", {"pipeline_schedule": "zbv", "num_layers": 4}, "bfloat16"),
     ],
 )
 def test_bitwise_as_replicas(layout: str, flags: dict[str, Any], dtype: str) -> None:
-    """Two ranks have one order of adding: losses, validation loss and weights are the same bits."""
-    run_ranks(_as_replicas, 2, layout, flags, dtype)
+    """Two ranks have one order of adding: losses, validation loss and weights are the same bits. Deferred weight
+    gradients are added in fp32, too."""
+    run_ranks(_as_replicas, Layout.parse(layout).world_size, layout, flags, dtype)
 
 
 def _sent_and_held(layout: str, bf16_gradients: bool) -> tuple[dict[str, float], float, dict[str, int]]:
