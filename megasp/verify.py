@@ -215,7 +215,7 @@ def _train(config: Config, layout: Layout, steps: int, dtype: str) -> tuple[list
     masters = training.replicas.masters
     losses: list[float] = []
     gradients: Held = []
-    with build_loader(config, state, training.shard_map, build_datasets(config).train) as loader:
+    with build_loader(config, state, training.shards, build_datasets(config).train) as loader:
         for step in range(steps):
             losses.append(accumulate_gradients(training, loader.step())[0])
             gradients += [item for p in masters for item in _boxes(step, p, p.grad)]

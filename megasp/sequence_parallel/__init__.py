@@ -3,6 +3,7 @@
 blocks        which queries see which keys: rectangles of three kinds of mask
 schedules     who computes them when, and what travels: ring, LightSeq, all-gather; drawn and simulated
 work          both, for one microbatch
+shards        which positions each rank holds then: chosen by the work
 block_kernels attention of one block, with its log-sum-exp: the contract and every device's kernels
 cuda_kernels  the same on CUDA
 kernels       their names

@@ -6,7 +6,7 @@ Partial outputs and gradients are summed in fp32 or wider.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,11 @@ class Kept:
     """Out and lse of one attention, for a recompute of its layer that does not run attention again."""
 
     result: tuple[Tensor, Tensor] | None = None
+    chunks: dict[int, "Kept"] = field(default_factory=dict)
+
+    def for_chunk(self, number: int) -> "Kept":
+        """That of one chunk of the heads, where each is an attention of its own."""
+        return self.chunks.setdefault(number, Kept())
 
 
 @dataclass(frozen=True)
@@ -195,5 +200,5 @@ def attend(
     probability = dropout.probability if dropout is not None else 0.0
     name = choose(backend, q.device.type, q.dtype, probability, q.shape[-1])
     work = work or Work((((0, q.shape[0]),),), Mask(causal=causal))
-    options = Options(scale or q.shape[-1] ** -0.5, dropout)
+    options = Options(q.shape[-1] ** -0.5 if scale is None else scale, dropout)
     return _Attend.apply(q, k, v, _Job(work, axis, KERNELS[name, q.device.type], options, kept))

@@ -14,7 +14,7 @@ from megasp.parallel_state import ParallelState
 from megasp.pipeline.executor import Pipeline
 from megasp.pipeline.schedules import placement
 from megasp.sequence_parallel import Mask, SequenceAttention, kernels
-from megasp.shard_map import ShardMap
+from megasp.sequence_parallel.shards import Shards, shards
 from megasp.training.optimizer import build_optimizer
 
 
@@ -24,7 +24,7 @@ class Training:
 
     config: Config
     state: ParallelState
-    shard_map: ShardMap
+    shards: Shards
     model: nn.ModuleList
     pipeline: Pipeline
     replicas: Replicas
@@ -49,13 +49,9 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
     dtype = dtype or (torch.bfloat16 if config.training.bf16 else torch.float32)
     kernel = attention_kernel(config, state.device, dtype)
     context = split_context(config)
-    seq_length, ring = config.training.seq_length, state.ring.size
-    if ring == 1 or context.ring_mode == "lightseq":  # which balances contiguous shards by itself
-        shard_map = ShardMap.contiguous(seq_length, state.cp.size)
-    else:
-        shard_map = ShardMap.zigzag(seq_length, ring, state.ulysses.size)
     mask = Mask(config.model.window_size, config.model.attention_sinks)
-    plan = config.pipeline
+    held = shards(config.training.seq_length, state.ring.size, state.ulysses.size, context.ring_mode, mask)
+    chunks, plan = config.parallel.ulysses_head_chunks, config.pipeline
     owner = placement(plan.schedule, plan.ranks, plan.chunks)
     stages = {
         stage.number: GPTModel(
@@ -65,7 +61,7 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
             first=stage.first,
             last=stage.last,
             sequence_parallel=config.parallel.sequence_parallel,
-            attend=SequenceAttention(state, shard_map, kernel, context.ring_mode, mask),
+            attend=SequenceAttention(state, held, kernel, context.ring_mode, mask, chunks),
             recompute=config.training.recompute_granularity,
             factory=Factory(state.device, dtype, config.training.seed),
         )
@@ -76,7 +72,7 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
     replicas = Replicas(model, state.gradients)
     pipeline = Pipeline(plan, stages, state, replicas.begin_microbatch)
     optimizer = build_optimizer(replicas.masters, config.optimizer)
-    return Training(config, state, shard_map, model, pipeline, replicas, optimizer, kernel)
+    return Training(config, state, held, model, pipeline, replicas, optimizer, kernel)
 
 
 def attention_kernel(config: Config, device: torch.device, dtype: torch.dtype) -> str:
