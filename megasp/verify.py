@@ -163,7 +163,7 @@ def compare(
 
 
 def in_layout(config: Config, layout: Layout) -> Config:
-    """The same run in another layout; options of a ring, a pipeline or tensor parallelism only where there is one."""
+    """The same run in another layout; options of an axis only where there is one."""
     comm = config.parallel.cp_comm_type
     no_pipeline: dict[str, Any] = dict.fromkeys(PIPELINE_FIELDS) if layout.pp == 1 else {}
     parallel = dataclasses.replace(
@@ -174,6 +174,7 @@ def in_layout(config: Config, layout: Layout) -> Config:
         ring_size=layout.ring,
         context_parallel_size=None,
         cp_comm_type=comm if comm in RING_MODES and layout.ring > 1 else None,
+        ulysses_head_chunks=config.parallel.ulysses_head_chunks if layout.ulysses > 1 else 1,
         sequence_parallel=config.parallel.sequence_parallel and layout.tp > 1,
         **no_pipeline,
     )

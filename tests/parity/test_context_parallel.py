@@ -16,6 +16,11 @@ SAMPLE = [
     ("r3 u2-r2", "--reset-attention-mask --window-size 6 --attention-sinks 1 --attention-dropout 0.1 --seq-length 36"),
     ("r3", "--cp-comm-type lightseq --reset-attention-mask --recompute-granularity all-but-attention --seq-length 48"),
     (
+        "u2 r3-u2",
+        "--ulysses-head-chunks 2 --recompute-granularity all-but-attention --reset-attention-mask --seq-length 36 "
+        "--attention-dropout 0.1",
+    ),
+    (
         "r2 u3",
         "--cp-comm-type all_gather --num-attention-heads 7 --num-query-groups 7 --hidden-size 56 --seq-length 12",
     ),
