@@ -7,11 +7,13 @@ from functools import partial
 from torch import Tensor
 
 from megasp.config.heads import head_chunks
+from megasp.errors import ConfigError
 from megasp.parallel_state import ParallelState
 from megasp.sequence_parallel.attend import Kept, attend
 from megasp.sequence_parallel.block_kernels import AttentionDropout
 from megasp.sequence_parallel.blocks import Mask
 from megasp.sequence_parallel.shards import Shards
+from megasp.sequence_parallel.sparse import SparseMask, sparse_attend
 from megasp.sequence_parallel.ulysses import UlyssesAttention
 from megasp.sequence_parallel.work import Documents, Work
 from megasp.shard_map import ShardMap
@@ -34,6 +36,10 @@ class SequenceAttention:
         comm: how the ring's ranks exchange: p2p, lightseq or all_gather.
         mask: window and sinks.
         chunks: groups of heads that Ulysses exchanges one after another.
+        sparse: what a query sees, instead of what is before it; with a ring of one rank.
+
+    Raises:
+        ConfigError: a sparse mask with a ring, a window or a kernel of its own.
     """
 
     def __init__(
@@ -44,10 +50,15 @@ class SequenceAttention:
         comm: str = "p2p",
         mask: Mask = Mask(),  # noqa: B008 (frozen)
         chunks: int = 1,
+        sparse: SparseMask | None = None,
     ) -> None:
         assert shards is not None or state.ring.size == 1, "a ring needs to know who holds what"
         self.state, self.shards, self.comm, self.mask = state, shards, comm, mask
-        self.attention = UlyssesAttention(partial(attend, axis=state.ring, backend=backend), state.ulysses, chunks)
+        self.sparse = sparse
+        local = partial(attend, axis=state.ring, backend=backend) if sparse is None else sparse_attend
+        if sparse is not None:
+            _check_sparse(state.ring.size, mask, backend)
+        self.attention = UlyssesAttention(local, state.ulysses, chunks)
         self._one_document: dict[tuple[int, int, int], Work] = {}
 
     def work(self, length: int, heads: int, kv_heads: int, documents: Documents | None = None) -> Work:
@@ -83,7 +94,20 @@ class SequenceAttention:
     ) -> Tensor:
         """q [S, B, N, H], k and v [S, B, G, H] -> [S, B, N, H]."""
         assert work is not None or self.state.ring.size == 1, "a ring needs to know what is where"
-        return self.attention(q, k, v, work=work, dropout=dropout, kept=kept)
+        sparse = {} if self.sparse is None else {"mask": self.sparse}
+        return self.attention(q, k, v, work=work, dropout=dropout, kept=kept, **sparse)
+
+
+def _check_sparse(ring: int, mask: Mask, backend: str) -> None:
+    if ring > 1:
+        rule = "a ring's blocks have causal masks or none"
+        raise ConfigError(f"sparse attention with ring-size {ring}", rule, "use --ulysses-size instead")
+    if mask != Mask():
+        raise ConfigError("sparse attention with --window-size", "its function says all", "put the window into it")
+    if backend != "auto":
+        raise ConfigError(
+            f"sparse attention with --attention-backend {backend}", "it has kernels of its own", "leave it out"
+        )
 
 
 def ring_heads(heads: int, kv_heads: int, ulysses: int, rank: int, chunks: int = 1) -> list[tuple[int, int]]:

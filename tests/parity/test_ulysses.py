@@ -13,7 +13,7 @@ from megasp.collectives import start_all_to_all
 from megasp.config.layout import Layout
 from megasp.model.dropout import attention_bits
 from megasp.parallel_state import Axis
-from megasp.sequence_parallel import UlyssesAttention, attend, ulysses
+from megasp.sequence_parallel import SparseMask, UlyssesAttention, attend, sparse_attend, ulysses
 from megasp.sequence_parallel.block_kernels import AttentionDropout
 from tests.ranks import run_ranks
 
@@ -66,6 +66,10 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, power: int) -> tuple[Te
     return torch.einsum("bnst,tbnh->sbnh", scores, v), None
 
 
+def by_head(head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return (key <= query) & ((query == key) | (key % 5 == head % 5))
+
+
 def ignores_k(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
     return q * v.mean(0).repeat_interleave(q.shape[2] // v.shape[2], 1) + 0 * k.sum(), None
 
@@ -80,7 +84,10 @@ def _on_ranks(name: str) -> None:
         check(axis, ignores_k, heads, {}, {})
         dropout = {"dropout": AttentionDropout(0.4, partial(attention_bits, 5), torch.tensor([2, 9]), first_head=16)}
         check(axis, attend, heads, dropout, dropout)  # every rank drops what the whole does for its heads
+        sparse = {"mask": SparseMask(by_head, 4)}
+        check(axis, sparse_attend, heads, sparse, sparse)
         for chunks in range(2, heads[0] // axis.size + 1):
+            check(axis, sparse_attend, heads, sparse, sparse, chunks)
             check(axis, attend, heads, dropout, dropout, chunks)
             check(axis, linear_attention, heads, {"power": 3}, {"power": 3}, chunks)
             check(axis, ignores_k, heads, {}, {}, chunks)
