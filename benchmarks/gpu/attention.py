@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megasp.config.kernels import ATTENTION_KERNELS
-from megasp.sequence_parallel import Mask, Work, attend
+from megasp.sequence_parallel import Mask, SparseMask, Work, attend, sparse_attend
 from megasp.sequence_parallel.kernels import available
 
 CHECKS = {
@@ -49,8 +49,33 @@ def check(name: str, a: argparse.Namespace) -> None:
         want = results([x.detach().float() for x in tensors], work, "unfused")
         got = results([x.detach() for x in tensors], work, name)
         errors = [float((x - y).abs().max() / y.abs().max()) for x, y in zip(got, want, strict=True)]
-        shown = " ".join(f"{part} {error:.1e}" for part, error in zip(("out", "dq", "dk", "dv"), errors, strict=True))
-        print(f"{name:14} {title:26} {shown}  {'ok' if max(errors) < 2e-2 else 'WRONG'}")
+        report(name, title, errors)
+
+
+def check_sparse(a: argparse.Namespace) -> None:
+    """FlexAttention by a mask function against the same in tiles of the mathematics, fp32, on the CPU."""
+
+    def strided(head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & ((query - key < 100) | (key % 7 == head % 7))
+
+    for title, documents in (("sparse", None), ("sparse, documents", CHECKS["documents"][1])):
+        tensors, work = inputs(512, 2, a), Work((((0, 512),),), documents=documents)
+
+        def both(tensors: list[Tensor], work: Work = work) -> list[Tensor]:
+            *qkv, dout = tensors
+            qkv = [x.requires_grad_() for x in qkv]
+            out, _ = sparse_attend(*qkv, work, mask=SparseMask(strided))
+            return [out, *torch.autograd.grad(out, qkv, dout)]
+
+        want = both([x.detach().float().cpu() for x in tensors])
+        got = both([x.detach() for x in tensors])
+        errors = [float((x.cpu() - y).abs().max() / y.abs().max()) for x, y in zip(got, want, strict=True)]
+        report("flex", title, errors)
+
+
+def report(name: str, title: str, errors: list[float]) -> None:
+    shown = " ".join(f"{part} {error:.1e}" for part, error in zip(("out", "dq", "dk", "dv"), errors, strict=True))
+    print(f"{name:14} {title:26} {shown}  {'ok' if max(errors) < 2e-2 else 'WRONG'}")
 
 
 def milliseconds(run: Callable[[], object], repeats: int = 10) -> float:
@@ -91,6 +116,7 @@ def main() -> None:
     names = [name for name, here, _ in available() if here and "bfloat16" in ATTENTION_KERNELS[name].devices["cuda"]]
     for name in names:
         check(name, a)
+    check_sparse(a)
     for name in names:
         for length in a.seq_lengths if name != "unfused" else ():
             speed(name, length, a)

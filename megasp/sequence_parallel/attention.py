@@ -1,7 +1,6 @@
 """Attention over a split sequence as the model uses it: Ulysses around a ring, over positions that shards say."""
 
 import math
-from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor
@@ -79,8 +78,8 @@ class SequenceAttention:
     def _work(self, length: int, heads: int, kv_heads: int, documents: Documents | None = None) -> Work:
         ulysses = self.state.ulysses
         held = (self.shards or ShardMap.contiguous(length * ulysses.size, ulysses.size)).of(documents)
-        seen = ring_heads(heads, kv_heads, ulysses.size, ulysses.rank, self.attention.chunks)
-        parts = head_parts([kv for _, kv in seen]) if self.comm == "all_gather" else 1
+        mine = heads, kv_heads, ulysses.size, ulysses.rank, self.attention.chunks
+        parts = head_parts(*mine) if self.comm == "all_gather" else 1
         return Work(held.by_ring(ulysses.size), self.mask, documents, self.comm, parts)
 
     def __call__(
@@ -117,6 +116,7 @@ def ring_heads(heads: int, kv_heads: int, ulysses: int, rank: int, chunks: int =
     return [(queries, kv if of_each is None else queries) for queries, kv, of_each in found]
 
 
-def head_parts(kv_heads: Sequence[int]) -> int:
-    """Groups of kv heads that an all-gather makes of each of these: the most that divide all, up to `MOST_PARTS`."""
-    return max(parts for parts in range(1, MOST_PARTS + 1) if math.gcd(*kv_heads) % parts == 0)
+def head_parts(heads: int, kv_heads: int, ulysses: int, rank: int, chunks: int = 1) -> int:
+    """Groups of kv heads that an all-gather makes: the most that divide those of every chunk, up to `MOST_PARTS`."""
+    seen = math.gcd(*(kv for _, kv in ring_heads(heads, kv_heads, ulysses, rank, chunks)))
+    return max(parts for parts in range(1, MOST_PARTS + 1) if seen % parts == 0)

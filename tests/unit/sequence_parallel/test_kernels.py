@@ -32,7 +32,7 @@ def plain(
     """out and lse as the textbook has them, differentiable."""
     groups = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(groups, 2) for x in (k, v))
-    scores = torch.einsum("sbnh,tbnh->bnst", q, k) * (scale or q.shape[-1] ** -0.5)
+    scores = torch.einsum("sbnh,tbnh->bnst", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if causal:
         scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -math.inf)
     return torch.einsum("bnst,tbnh->sbnh", scores.softmax(-1) * factors, v), scores.logsumexp(-1)
@@ -65,11 +65,12 @@ def test_bf16(backend: str) -> None:
         assert (a.double() - b).norm() / b.norm() < 0.01, name
 
 
+@pytest.mark.parametrize("scale", [0.3, 0.0], ids=["some", "zero: the mean of the values"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_scale(backend: str) -> None:
+def test_scale(backend: str, scale: float) -> None:
     given = inputs(4, 2)
     torch.testing.assert_close(
-        run(partial(attend, backend=backend, scale=0.3), *given), run(partial(plain, scale=0.3), *given)
+        run(partial(attend, backend=backend, scale=scale), *given), run(partial(plain, scale=scale), *given)
     )
 
 
