@@ -19,8 +19,8 @@ SEED = 1234
 INIT_STD = 0.02
 LEARNING_RATE = 1e-3
 CLIP = 1000.0
-"""Everybody takes the norm and scales by it, but no gradient is as large: PyTorch's fp32 norm of a large tensor is 0.2 %
-low on a CPU, and peers that clip by it would train with other gradients than megasp, whose norm is right."""
+"""Everybody takes the norm and scales by it, but no gradient is as large: PyTorch's fp32 norm of a large tensor is 0.2
+percent low on a CPU, and peers that clip by it would train with other gradients than megasp, whose norm is right."""
 ADAMW = OptimizerConfig(lr=LEARNING_RATE, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, clip_grad=CLIP)
 
 
