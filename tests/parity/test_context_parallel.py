@@ -1,12 +1,18 @@
 """Models train the same under every way to split a sequence, whatever else is on: loss, gradients and weights, fp64."""
 
+import dataclasses
 import os
 
 import pytest
+import torch
 
-from megasp import verify
+from megasp import parallel_state, verify
 from megasp.config.layout import Layout
-from megasp.config.load import load, parser
+from megasp.config.load import from_values, load, parser
+from megasp.training.build import build
+from megasp.training.datasets import build_datasets, build_loader
+from megasp.training.step import accumulate_gradients
+from tests.ranks import run_ranks
 
 FULL_MATRIX = os.environ.get("MEGASP_FULL_MATRIX") == "1"
 TOLERANCE = 1e-11
@@ -40,3 +46,26 @@ def test_any_layout_trains_the_same(layouts: str, flags: str) -> None:
     chosen = [Layout.parse(name) for name in layouts.split()]
     for layout, worst in verify.compare(verify.resolve(config), chosen, steps=2):
         assert worst.overall < TOLERANCE, (layout.name, worst)
+
+
+def _few_targets(layout: Layout, unmasked: range) -> list[float]:
+    """Loss, count of targets, and gradient norms where only some positions have a target."""
+    config = verify.in_layout(from_values(verify.DEFAULTS), layout)
+    state = parallel_state.build(layout, torch.device("cpu"))
+    training = build(config, state, torch.float64)
+    with build_loader(config, state, training.shards, build_datasets(config).train) as loader:
+        batches = [
+            dataclasses.replace(batch, loss_mask=batch.loss_mask * [p in unmasked for p in batch.positions])
+            for batch in loader.step()
+        ]
+    loss, tokens = accumulate_gradients(training, batches)
+    return [loss, tokens, *(float(p.grad.norm()) for p in training.replicas.masters)]
+
+
+@pytest.mark.parametrize("layout", [Layout(ulysses=2), Layout(ring=2)], ids=["u2", "r2"])
+@pytest.mark.parametrize("unmasked", [range(9, 12), range(0)], ids=["of one rank", "none"])
+def test_a_rank_without_a_target_contributes_zero(layout: Layout, unmasked: range) -> None:
+    """Positions 8 to 15 are with the first rank where shards are contiguous, with the second of a ring in zigzag."""
+    [want] = run_ranks(_few_targets, 1, Layout(), unmasked)
+    for found in run_ranks(_few_targets, 2, layout, unmasked):
+        assert found == pytest.approx(want, abs=1e-12)
