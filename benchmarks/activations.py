@@ -84,19 +84,17 @@ def count(ulysses: int, ring: int, comm: str, length: int) -> tuple[int, int]:
         attend = SequenceAttention(state, shards(length, ring, ulysses, comm), "flash", comm)
         tokens = length // layout.world_size
         gc.collect()
-        with mock.patch.object(init, "initial_values", no_values), FakeTensorMode(allow_non_fake_inputs=True):
+        with mock.patch.object(init, "initial_values", no_values), FakeTensorMode(), Tracker() as tracker:
             options = {"layers": range(LAYERS), "first": False, "last": False, "attend": attend}
             model = GPTModel(config, state, factory=Factory(dtype=torch.bfloat16), **options)
             for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter)  # there before the pass, so not of it
+                parameter.grad = torch.zeros_like(parameter)
+            before, tracker.peak = tracker.live, 0
             x = torch.empty(tokens, 1, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-            positions = torch.zeros(tokens, dtype=torch.int64)
-            with Tracker() as tracker:
-                out = model(x, positions=positions)
-                weights = sum(parameter.nbytes for parameter in model.parameters())
-                kept = tracker.live - weights
-                out.backward(torch.empty_like(out))
-                return kept, tracker.peak - 2 * weights
+            out = model(x, positions=torch.zeros(tokens, dtype=torch.int64))
+            kept = tracker.live - before
+            out.backward(torch.empty_like(out))
+            return kept, tracker.peak - before
     finally:
         dist.destroy_process_group()
 
