@@ -112,8 +112,9 @@ def draw(found: dict[int, dict[str, dict[int, tuple[int, int]]]], file: Path) ->
             kept, peak = ([by_ranks[ranks][which] / 2**30 for ranks in by_ranks] for which in (0, 1))
             panel.plot(list(by_ranks), peak, "o-", color=f"C{number}", label=mode, markersize=4)
             if number == 0:
-                panel.plot(list(by_ranks), kept, "k.", label="kept for the backward, all modes")
-                panel.plot(list(by_ranks), [kept[0] / ranks for ranks in by_ranks], "k:", linewidth=1, label="1 / P")
+                panel.plot(list(by_ranks), kept, "k.", label=f"{mode}: kept for the backward")
+                for whole, label in ((kept[0], "1 / P"), (peak[0], None)):
+                    panel.plot(list(by_ranks), [whole / ranks for ranks in by_ranks], "k:", linewidth=1, label=label)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log", base=2)
         panel.set_title(f"{length:,} tokens")

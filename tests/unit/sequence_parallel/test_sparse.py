@@ -91,6 +91,7 @@ def test_only_visible_tiles_are_computed() -> None:
     assert [len(keys) for keys in mask.keys_of_rows(4, LENGTH)] == [8, 16, 16, 16, 16]
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("documents", [None, [np.array([0, 17]), np.array([0])]], ids=["one", "documents"])
 def test_flex_attention_gets_the_same_mask(documents: list[np.ndarray] | None) -> None:
     """Its eager forward, which a CPU has, too; heads 2 and 3 of 4."""
