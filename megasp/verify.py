@@ -164,7 +164,7 @@ def compare(
 
 
 def in_layout(config: Config, layout: Layout) -> Config:
-    """The same run in another layout; options of a ring, a pipeline or tensor parallelism only where there is one.
+    """The same run in another layout; options of an axis only where there is one.
 
     A layout without a ZeRO stage keeps the configuration's.
     """
@@ -179,6 +179,7 @@ def in_layout(config: Config, layout: Layout) -> Config:
         ring_size=layout.ring,
         context_parallel_size=None,
         cp_comm_type=comm if comm in RING_MODES and layout.ring > 1 else None,
+        ulysses_head_chunks=config.parallel.ulysses_head_chunks if layout.ulysses > 1 else 1,
         sequence_parallel=config.parallel.sequence_parallel and layout.tp > 1,
         data_parallel_sharding_strategy=SHARDING_STRATEGIES[zero],
         use_distributed_optimizer=False,
@@ -223,7 +224,7 @@ def _train(config: Config, layout: Layout, steps: int, dtype: str) -> tuple[list
     masters = training.replicas.masters
     losses: list[float] = []
     gradients: Held = []
-    with build_loader(config, state, training.shard_map, build_datasets(config).train) as loader:
+    with build_loader(config, state, training.shards, build_datasets(config).train) as loader:
         for step in range(steps):
             losses.append(accumulate_gradients(training, loader.step())[0])
             gradients += [item for p in masters for item in _boxes(step, p, p.grad)]

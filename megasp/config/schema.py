@@ -118,6 +118,9 @@ class ParallelConfig:
     ulysses_size: int | None = flag(
         None, "ranks of Ulysses sequence parallelism (all-to-all between sequence and heads)"
     )
+    ulysses_head_chunks: int = flag(
+        1, "groups of heads that Ulysses exchanges one after another, each while the one before is computed"
+    )
     ring_size: int | None = flag(None, "ranks of ring attention (or of --cp-comm-type all_gather, lightseq)")
     sequence_parallel: bool = flag(
         False, "split norms, dropout and residuals along the sequence over the tensor-parallel ranks, too"

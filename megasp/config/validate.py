@@ -9,6 +9,7 @@ from pathlib import PurePath
 
 from megasp.config import stages
 from megasp.config.context_parallel import split_context
+from megasp.config.heads import most_chunks
 from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.ranges import check_ranges
@@ -142,6 +143,14 @@ def _splits(config: Config, layout: Layout) -> None:
         f"ulysses-size {ulysses} with {local} query heads per tensor-parallel rank ({heads} / {tp})",
         "each Ulysses rank holds at least one head",
         f"use --ulysses-size {max(n for n in range(1, local + 1) if layout.cp % n == 0)}, and --ring-size for the rest",
+    )
+    chunks, kv_local = config.parallel.ulysses_head_chunks, max(1, kv_heads // tp)
+    most = most_chunks(local, kv_local, ulysses, between_kv=layout.ring > 1) if ulysses > 1 else 1
+    must(
+        chunks <= most,
+        f"ulysses-head-chunks {chunks} with ulysses-size {ulysses} and ring-size {layout.ring}",
+        "a chunk is at least one of a Ulysses rank's query heads, and with a ring one of its kv heads",
+        f"use --ulysses-head-chunks {most}",
     )
     ranks = layout.cp * (tp if config.parallel.sequence_parallel else 1)
     must(

@@ -8,13 +8,13 @@ from torch import nn
 from megasp.config.context_parallel import split_context
 from megasp.config.schema import Config
 from megasp.config.stages import split
-from megasp.data_parallel import Replicas, Shards
+from megasp.data_parallel import Replicas, WeightShards
 from megasp.model import Factory, GPTModel
 from megasp.parallel_state import ParallelState
 from megasp.pipeline.executor import Pipeline
 from megasp.pipeline.schedules import placement
 from megasp.sequence_parallel import Mask, SequenceAttention, kernels
-from megasp.shard_map import ShardMap
+from megasp.sequence_parallel.shards import Shards, shards
 from megasp.training.loss_scale import LossScale
 from megasp.training.optimizer import build_optimizer
 
@@ -25,10 +25,10 @@ class Training:
 
     config: Config
     state: ParallelState
-    shard_map: ShardMap
+    shards: Shards
     model: nn.ModuleList
     pipeline: Pipeline
-    replicas: Replicas | Shards
+    replicas: Replicas | WeightShards
     optimizer: torch.optim.AdamW
     loss_scale: LossScale
     attention_kernel: str
@@ -56,13 +56,9 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
     dtype = dtype or getattr(torch, config.training.compute_dtype)
     kernel = attention_kernel(config, state.device, dtype)
     context = split_context(config)
-    seq_length, ring = config.training.seq_length, state.ring.size
-    if ring == 1 or context.ring_mode == "lightseq":  # which balances contiguous shards by itself
-        shard_map = ShardMap.contiguous(seq_length, state.cp.size)
-    else:
-        shard_map = ShardMap.zigzag(seq_length, ring, state.ulysses.size)
     mask = Mask(config.model.window_size, config.model.attention_sinks)
-    plan = config.pipeline
+    held = shards(config.training.seq_length, state.ring.size, state.ulysses.size, context.ring_mode, mask)
+    chunks, plan = config.parallel.ulysses_head_chunks, config.pipeline
     owner = placement(plan.schedule, plan.ranks, plan.chunks)
     stages = {
         stage.number: GPTModel(
@@ -72,7 +68,7 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
             first=stage.first,
             last=stage.last,
             sequence_parallel=config.parallel.sequence_parallel,
-            attend=SequenceAttention(state, shard_map, kernel, context.ring_mode, mask),
+            attend=SequenceAttention(state, held, kernel, context.ring_mode, mask, chunks),
             recompute=config.training.recompute_granularity,
             factory=Factory(state.device, dtype, config.training.seed),
         )
@@ -81,16 +77,16 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
     }
     model = nn.ModuleList(stages.values())
     gradient_dtype = torch.bfloat16 if config.training.grad_reduce_in_bf16 else None
-    replicas: Replicas | Shards
+    replicas: Replicas | WeightShards
     zero = config.parallel.zero_stage
     if zero and state.axes["dp_cp"].size > 1:
-        replicas = Shards(list(stages.values()), state, zero, gradient_dtype, plan.defers_weight_gradients)
+        replicas = WeightShards(list(stages.values()), state, zero, gradient_dtype, plan.defers_weight_gradients)
     else:
         replicas = Replicas(model, state.gradients, gradient_dtype)
     pipeline = Pipeline(plan, stages, state, replicas.begin_microbatch, dtype)
     optimizer = build_optimizer(replicas.masters, config.optimizer)
     loss_scale = LossScale.of(config)
-    return Training(config, state, shard_map, model, pipeline, replicas, optimizer, loss_scale, kernel)
+    return Training(config, state, held, model, pipeline, replicas, optimizer, loss_scale, kernel)
 
 
 def attention_kernel(config: Config, device: torch.device, dtype: torch.dtype) -> str:

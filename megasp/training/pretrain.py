@@ -91,7 +91,7 @@ def pretrain(training: Training) -> Progress:
         train_steps=train_steps,
         start_step=start.step,
     )
-    loader = build_loader(config, state, training.shard_map, datasets.train, start.samples)
+    loader = build_loader(config, state, training.shards, datasets.train, start.samples)
     metrics = Metrics(
         run,
         file=_metrics_file(config),
@@ -193,7 +193,7 @@ class _Loop:
         """Mean loss of the first --eval-iters global batches of a held-out dataset, the same ones every time."""
         training, config = self.training, constant_batch(self.training.config)
         batch = config.global_batch_size(training.state.layout)
-        with build_loader(config, training.state, training.shard_map, dataset) as loader:
+        with build_loader(config, training.state, training.shards, dataset) as loader:
             return evaluate(training, (loader.read(step * batch) for step in range(config.training.eval_iters)))
 
     def _save(self, progress: Progress, saved: int) -> int:

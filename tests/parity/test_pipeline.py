@@ -109,7 +109,7 @@ def _started(layout: str, flags: dict[str, object]) -> Training:
 
 def _validation_loss(training: Training) -> float:
     config, state = training.config, training.state
-    with build_loader(config, state, training.shard_map, build_datasets(config).train) as loader:
+    with build_loader(config, state, training.shards, build_datasets(config).train) as loader:
         return evaluate(training, (loader.read(8 * step) for step in range(2)))
 
 
@@ -131,7 +131,7 @@ def _through_splits(folder: str) -> None:
         training = _started(layout, flags)
         data = build_datasets(training.config).train
         if index == 0:
-            with build_loader(training.config, training.state, training.shard_map, data) as loader:
+            with build_loader(training.config, training.state, training.shards, data) as loader:
                 train_step(training, loader.step(), 1e-3)
         else:
             checkpoints.load(root, resume.shards(training, optimizer=True))
@@ -179,7 +179,7 @@ def test_a_resumed_pipeline_is_unbroken(tmp_path: Path) -> None:
 def _sent(flags: dict[str, object]) -> dict[str, int]:
     training = _started("pp2", flags)
     with build_loader(
-        training.config, training.state, training.shard_map, build_datasets(training.config).train
+        training.config, training.state, training.shards, build_datasets(training.config).train
     ) as loader:
         training.pipeline.train(loader.step(), 1.0)
     return training.state.pp.traffic.bytes_sent

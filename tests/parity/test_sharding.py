@@ -12,7 +12,7 @@ from torch import Tensor
 from megasp import parallel_state
 from megasp.config.layout import Layout
 from megasp.config.validate import validate
-from megasp.data_parallel import Shards
+from megasp.data_parallel import WeightShards
 from megasp.parameters import placed
 from megasp.training.build import Training, build
 from megasp.training.datasets import build_datasets, build_loader
@@ -98,7 +98,7 @@ def _as_replicas(layout: str, flags: dict[str, Any], dtype_name: str) -> None:
     dtype = getattr(torch, dtype_name)
     replicated, losses, norms = trained(layout.split("-zero")[0], flags, dtype)
     sharded, same_losses, same_norms = trained(layout, flags, dtype)
-    assert isinstance(sharded.replicas, Shards) and losses == same_losses
+    assert isinstance(sharded.replicas, WeightShards) and losses == same_losses
     assert norms == pytest.approx(same_norms, rel=1e-6), "those of vectors are rounded to fp32 by shard"
     reference = whole(replicated)
     for master in sharded.replicas.masters:
@@ -128,7 +128,7 @@ def _sent_and_held(layout: str, bf16_gradients: bool) -> tuple[dict[str, float],
     flags = {"bf16": True, "grad_reduce_in_bf16": bf16_gradients, "untie_embeddings_and_output_weights": True}
     training = started(layout, flags, torch.bfloat16)
     count = sum(p.numel() for p in training.model.parameters())  # of DTensors: the whole
-    assert isinstance(training.replicas, Shards)
+    assert isinstance(training.replicas, WeightShards)
     config, inner = training.config, training.replicas.shard_axis
     with build_loader(config, training.state, training.shard_map, build_datasets(config).train) as loader:
         batches = loader.step()
@@ -150,7 +150,7 @@ def _sent_and_held(layout: str, bf16_gradients: bool) -> tuple[dict[str, float],
     ],
 )
 def test_sent_and_held(layout: str, bf16: bool, gathered: tuple[float, float], reduced: float, outer: int) -> None:
-    """Groups: embedding, two blocks, the rest. Shards of replicas are summed once a step."""
+    """Groups: embedding, two blocks, the rest. WeightShards of replicas are summed once a step."""
     for sent, held, calls in run_ranks(_sent_and_held, Layout.parse(layout).world_size, layout, bf16):
         assert held == 0.5 and sent["reduce_scatter"] == reduced, sent
         assert gathered[0] <= sent["all_gather"] <= gathered[1], sent

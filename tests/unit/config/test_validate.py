@@ -92,6 +92,14 @@ CASES = [
     Case("u-heads", {"ulysses_size": 6, TP: 2, "seq_length": 48, "world": 12},
          "ulysses-size 6 with 4 query heads per tensor-parallel rank (8 / 2)", "at least one head",
          {"--ulysses-size 3, and --ring-size": {"ulysses_size": 3, "ring_size": 2}}),
+    Case("chunks", {"ulysses_size": 2, "ulysses_head_chunks": 5, "world": 2},
+         "ulysses-head-chunks 5 with ulysses-size 2", "one of a Ulysses rank's query heads",
+         numbers("ulysses_head_chunks", 4)),
+    Case("chunks-ring", {"ulysses_size": 2, "ring_size": 2, "ulysses_head_chunks": 3, "world": 4},
+         "ulysses-head-chunks 3 with ulysses-size 2 and ring-size 2", "with a ring one of its kv heads",
+         numbers("ulysses_head_chunks", 2)),
+    Case("chunks-alone", {"ring_size": 2, "ulysses_head_chunks": 2, "world": 2}, "with ulysses-size 1 and ring-size 2",
+         "a Ulysses rank's", numbers("ulysses_head_chunks", 1)),
     Case("sinks", {"attention_sinks": 2}, "attention-sinks 2", "beyond a window", {
         "--window-size": {"window_size": 4}, "leave --attention-sinks out": {"attention_sinks": 0}}),
     Case("seq-split", {"ulysses_size": 4, "seq_length": 34, "world": 4}, "seq-length 34 over 4 ranks (context "

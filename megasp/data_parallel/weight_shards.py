@@ -27,7 +27,7 @@ from megasp.parallel_state import Axis, ParallelState
 from megasp.parameters import Piece, rows_of
 
 
-class Shards:
+class WeightShards:
     """The training state of a model whose weights the ranks of `dp_cp` share out. Used as `Replicas` is.
 
     `masters` are plain tensors that share memory with this rank's shards, each with its `pieces`: optimizer, norm and
