@@ -70,10 +70,11 @@ class SequenceAttention:
         work: Work | None = None,
         dropout: AttentionDropout | None = None,
         kept: Kept | None = None,
+        scale: float | None = None,
     ) -> Tensor:
-        """q [S, B, N, H], k and v [S, B, G, H] -> [S, B, N, H]."""
+        """q [S, B, N, H], k and v [S, B, G, H] -> [S, B, N, H]; scores times `scale`, 1 / sqrt(H) without it."""
         assert work is not None or self.state.ring.size == 1, "a ring needs to know what is where"
-        return self.attention(q, k, v, work=work, dropout=dropout, kept=kept)
+        return self.attention(q, k, v, work=work, dropout=dropout, kept=kept, scale=scale)
 
 
 def ring_heads(heads: int, kv_heads: int, ulysses: int, rank: int) -> tuple[int, int]:
