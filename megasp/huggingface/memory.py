@@ -18,8 +18,8 @@ from megasp.errors import ConfigError
 def tile_mlps(model: PreTrainedModel, rows: int) -> None:
     """Let the MLP of every decoder layer work on `rows` tokens at a time, forward and backward.
 
-    Each tile keeps its input alone and is computed again in the backward, so that the wide activations of one tile exist
-    at a time, whatever the length.
+    Each tile keeps its input alone and is computed again in the backward, so that the wide activations of one tile
+    exist at a time, whatever the length.
 
     Raises:
         ConfigError: the model has no MLP of its own in each layer.
@@ -72,7 +72,7 @@ class Offload:
     def _begin(self, module: nn.Module, args: Any) -> None:
         if not torch.is_grad_enabled() or not module.training:
             return
-        if not self.model.is_gradient_checkpointing:
+        if not any(getattr(part, "gradient_checkpointing", False) for part in self.model.modules()):
             raise ConfigError(
                 "activation_offload without gradient checkpointing",
                 "it moves what checkpointing keeps of each layer",

@@ -51,19 +51,20 @@ def _obstacles(model: PreTrainedModel, state: ParallelState) -> Iterator[tuple[s
         )
     if model.config.is_encoder_decoder or model.config.sub_configs:
         yield "", "it must be a causal model of text alone", other
-    if not _swappable(model):
-        yield "", "its attention cannot be swapped, as it does not look it up in transformers' registry", other
-    if config.num_attention_heads < state.ulysses.size:
-        yield (
-            f" with {config.num_attention_heads} attention heads on {state.ulysses.size} Ulysses ranks",
-            "each Ulysses rank takes at least one head",
-            f"use ulysses_size={config.num_attention_heads} or less and give the rest to ring_size",
-        )
     kinds = set(getattr(config, "layer_types", None) or ()) - LAYERS
     kinds |= {type(module).__name__ for module in model.modules() if MIXERS.search(type(module).__name__)}
     kinds |= {"Conv1d" for module in model.modules() if isinstance(module, nn.Conv1d)}
     if kinds:
         yield f" with layers of kind {', '.join(sorted(kinds))}", "tokens may meet in attention alone", other
+    if not _swappable(model):
+        yield "", "its attention cannot be swapped, as it does not look it up in transformers' registry", other
+    heads = config.num_attention_heads
+    if heads < state.ulysses.size:
+        yield (
+            f" with {heads} attention heads on {state.ulysses.size} Ulysses ranks",
+            "each Ulysses rank takes at least one head",
+            f"use ulysses_size={heads} or less and give the rest to ring_size",
+        )
     ropes = _rope_types(getattr(config, "rope_parameters", None) or {}) & LOCAL_ROPE
     if ropes:
         yield (
