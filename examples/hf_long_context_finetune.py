@@ -29,23 +29,19 @@ TINY = {
     "intermediate_size": 192,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "num_key_value_heads": 2,
 }
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", help="directory or hub name of a causal model; a tiny random Llama of bytes without it"
-    )
-    parser.add_argument(
-        "--data", type=Path, nargs="+", default=sorted(Path(__file__).parent.glob("*")), help="text files"
-    )
+    parser.add_argument("--model", help="directory or hub name; a tiny random Llama of bytes without it")
+    examples = sorted(Path(__file__).parent.glob("*"))
+    parser.add_argument("--data", type=Path, nargs="+", default=examples, help="text files; these examples without it")
     parser.add_argument("--seq-length", type=int, default=2048)
     parser.add_argument("--ulysses-size", type=int, help="what kv heads and ranks have in common without it")
     parser.add_argument("--ring-size", type=int, help="the rest of the ranks without it")
-    parser.add_argument(
-        "--lora-rank", type=int, default=0, help="train adapters of this rank (peft), 0 for all weights"
-    )
+    parser.add_argument("--lora-rank", type=int, default=0, help="of adapters (peft); 0 trains all weights")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-4)
@@ -54,12 +50,12 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(name: str | None) -> tuple[Any, Any]:
+def load(name: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
     """The model, and the function from text to token ids."""
     if name is None:
-        return LlamaForCausalLM(LlamaConfig(**TINY, num_key_value_heads=2)), lambda text: list(text.encode())
+        return LlamaForCausalLM(LlamaConfig(**TINY)), lambda text: list(text.encode())
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attention_dropout=0.0)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attention_dropout=0.0)
     return model, lambda text: tokenizer(text)["input_ids"]
 
 
@@ -72,18 +68,25 @@ def documents(paths: list[Path]) -> Iterator[str]:
 
 
 def pack(texts: Iterator[str], encode: Any, length: int) -> list[dict[str, list[int]]]:
-    """Samples of `length` tokens; a document that does not fit goes on in the next. Its first token is no target."""
-    columns: dict[str, list[int]] = {"input_ids": [], "position_ids": [], "labels": []}
+    """Samples of `length` tokens. A document that does not fit goes on in the next sample as one of its own; positions
+    restart with each document, whose first token is no target."""
+    tokens: list[int] = []
+    starts: set[int] = set()
     for text in texts:
-        tokens = encode(text)
-        columns["input_ids"] += tokens
-        columns["position_ids"] += range(len(tokens))
-        columns["labels"] += [-100, *tokens[1:]] if tokens else []
-    starts = range(0, len(columns["input_ids"]) - length + 1, length)
-    samples = [{name: column[start : start + length] for name, column in columns.items()} for start in starts]
+        starts.add(len(tokens))
+        tokens += encode(text)
+    samples = []
+    for first in range(0, len(tokens) - length + 1, length):
+        ids = tokens[first : first + length]
+        positions: list[int] = []
+        for at in range(first, first + length):
+            positions.append(0 if at == first or at in starts else positions[-1] + 1)
+        labels = [token if position else -100 for token, position in zip(ids, positions, strict=True)]
+        samples.append({"input_ids": ids, "position_ids": positions, "labels": labels})
     if not samples:
-        tokens = len(columns["input_ids"])
-        raise ConfigError(f"--seq-length {length} with {tokens} tokens", "a sample is that long", "give more --data")
+        raise ConfigError(
+            f"--seq-length {length} with {len(tokens)} tokens", "a sample is that long", "give more --data"
+        )
     return samples
 
 
@@ -99,7 +102,8 @@ def add_lora(model: Any, rank: int) -> Any:
 def main() -> None:
     args = arguments()
     torch.manual_seed(0)
-    model, encode = load(args.model)
+    frozen_on_gpu = args.lora_rank and torch.cuda.is_available()
+    model, encode = load(args.model, torch.bfloat16 if frozen_on_gpu else torch.float32)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     ulysses = args.ulysses_size or math.gcd(ranks, model.config.get_text_config().num_key_value_heads)
     ring = args.ring_size or max(1, ranks // ulysses)
@@ -111,9 +115,7 @@ def main() -> None:
     )
     samples = pack(documents(args.data), encode, args.seq_length)
     if state.rank == 0:
-        print(
-            f"{len(samples)} samples of {args.seq_length} tokens, each over {state.cp.size} ranks, {state.layout.name}"
-        )
+        print(f"{len(samples)} samples of {args.seq_length} tokens, layout {state.layout.name}")
     on_cpu = state.device.type == "cpu"
     training = TrainingArguments(
         output_dir=str(args.output or "hf-long-context"),
