@@ -42,18 +42,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dhidden is None or dlogits is None:
                 continue
             dhidden[part] = linear(dlogits, weight.t())
-            part_dweight = linear(dlogits.t(), rows[part].t())
-            dweight = part_dweight if dweight is None else dweight.to(wide).add_(part_dweight)
-        if dhidden is not None and dweight is not None:
-            ctx.save_for_backward(dhidden.view_as(full), dweight.to(weight.dtype))
+            if ctx.needs_input_grad[1]:  # a frozen head has no third product
+                part_dweight = linear(dlogits.t(), rows[part].t())
+                dweight = part_dweight if dweight is None else dweight.to(wide).add_(part_dweight)
+        if dhidden is not None:
+            ctx.save_for_backward(dhidden.view_as(full), None if dweight is None else dweight.to(weight.dtype))
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight = ctx.saved_tensors
         reduce = start_reduce_scatter if ctx.split else start_all_reduce
         pending = reduce(dhidden.mul_(grad), ctx.axis)
-        dweight.mul_(grad)
+        if dweight is not None:
+            dweight.mul_(grad)
         return pending.wait(), dweight, None, None, None, None, None
 
 
