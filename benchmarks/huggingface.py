@@ -7,7 +7,7 @@ backward, s 8192, 16 query heads of 64, with the identity in the place of attent
 copies. `step`: loss and gradients of a Llama of 4 layers, hidden 512, 8 query heads, vocabulary 32000, s 2048, the same
 weights and tokens; losses must agree to 1e-4. "megasp, savers" is the same with tiled_mlp and chunked_loss.
 
-Messages and bytes of a rank are exact; megasp's must not be more than the peer's. They hold everything: the peer's
+Collectives and bytes of a rank are exact; megasp's must not be more than the peer's. They hold everything: the peer's
 gathering of positions in every layer, megasp's check that all ranks hold the same sample, and both count targets.
 """
 
@@ -155,9 +155,9 @@ def _same_loss(results: Any) -> None:
 def _report(title: str, outcomes: list[Outcome], sent: dict[str, Sent], line: dict[str, Any]) -> dict[str, Any]:
     print(f"## {title}\n\n{table(outcomes)}\n")
     for outcome in outcomes:
-        messages, count = sent[outcome.contestant.name]
+        collectives, count = sent[outcome.contestant.name]
         share = ratio(outcomes[0], outcome).text()
-        print(f"- {outcome.contestant.name}: {messages} messages, {count:,} bytes; ours / its time {share}")
+        print(f"- {outcome.contestant.name}: {collectives} collectives, {count:,} bytes; ours / its time {share}")
     print(flush=True)
     ours = sent[outcomes[0].contestant.name]
     assert ours[0] <= sent[PEER][0] and ours[1] <= sent[PEER][1], sent

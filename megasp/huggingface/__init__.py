@@ -11,6 +11,7 @@ batches       samples -> this rank's shard of them
 loaders       ranks of one sequence read the same samples (Accelerate)
 loss          sums over shards by the global token count; head and loss without logits
 memory        tiled MLP, offload
+precision     autocast
 """
 
 from megasp.errors import ConfigError

@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 
 from megasp.errors import ConfigError
 from megasp.huggingface.batches import SampleInfo, shard_map
+from megasp.huggingface.precision import cast
 from megasp.parallel_state import ParallelState
 from megasp.sequence_parallel import Mask, SequenceAttention, Work
 
@@ -89,6 +90,7 @@ def attention_forward(
     asked = {name: options[name] for name in UNSERVED if options.get(name) is not None}
     asked |= {"dropout": dropout} if dropout else {}
     asked |= {} if causal else {"is_causal": False}
+    asked |= {"a window that it keeps to itself": ""} if sliding_window is None and _slides(module) else {}
     asked |= {} if query.shape[-1] == value.shape[-1] else {"value heads of size": value.shape[-1]}
     asked |= {} if attention_mask is None else {"attention_mask": tuple(attention_mask.shape)}
     if asked:
@@ -104,9 +106,16 @@ def attention_forward(
             "each rank's queries and keys are those of its shard; a cache of earlier keys is not",
             "generate with a model of its own",
         )
-    q, k, v = (x.permute(2, 0, 1, 3) for x in (query, key, value))
     window = None if sliding_window is None else sliding_window - 1  # keys before the query
-    return sample_attention(q, k, v, window, scaling).transpose(0, 1), None
+    with cast(query, key, value) as qkv:  # rotary positions may have made some of them wider
+        q, k, v = (x.permute(2, 0, 1, 3) for x in qkv)
+        return sample_attention(q, k, v, window, scaling).transpose(0, 1), None
+
+
+def _slides(module: nn.Module) -> bool:
+    """Whether the model's config gives this layer a window: some models say so in their masks alone."""
+    kinds, layer = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
+    return bool(kinds) and layer is not None and kinds[layer] == "sliding_attention"
 
 
 AttentionInterface.register(NAME, attention_forward)

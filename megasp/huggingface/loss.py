@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megasp.collectives import all_reduce_
 from megasp.errors import ConfigError
 from megasp.huggingface.batches import IGNORED
+from megasp.huggingface.precision import cast
 from megasp.model.loss import linear_cross_entropy
 from megasp.parallel_state import Axis, ParallelState
 
@@ -66,7 +67,7 @@ class ShardedLoss:
     def _targets(self, labels: Tensor, total: Tensor, given: Tensor | float | None) -> Tensor | float:
         """Targets by which a rank divides."""
         if given is not None:
-            return given.to(total.device) if isinstance(given, Tensor) else given
+            return given.to(total.device).clamp(min=1) if isinstance(given, Tensor) else max(given, 1)
         ranks = self.state.gradients if torch.is_grad_enabled() else self.state.cp
         count = (labels != IGNORED).sum().to(total.device, torch.float64)
         return (all_reduce_(count, ranks).clamp(min=1) / ranks.size).to(total.dtype)
@@ -103,14 +104,10 @@ class ChunkedHead:
         """[B, S, D] -> the sum of the losses, or logits."""
         if self.targets is None:
             return self._logits(hidden)
-        weight, device = self.head.weight, hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         labels = self.targets.to(hidden.device)
         mask = labels != IGNORED
-        with torch.autocast(device, enabled=False):
-            self.sum = linear_cross_entropy(
-                hidden.to(dtype), weight.to(dtype), labels.masked_fill(~mask, 0), mask, Axis("tp")
-            )
+        with cast(hidden, self.head.weight) as (hidden, weight):
+            self.sum = linear_cross_entropy(hidden, weight, labels.masked_fill(~mask, 0), mask, Axis("tp"))
         return self.sum
 
     def sum_in_place_of(self, logits: Tensor) -> Tensor:

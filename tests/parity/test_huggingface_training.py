@@ -117,6 +117,23 @@ def sharded_gradients() -> float:
     return max(error(mine.grad.full_tensor(), theirs.grad) for mine, theirs in pairs)
 
 
+def autocast_losses() -> tuple[float, float]:
+    """The loss in bf16 of ranks together, and of one process."""
+    from megasp.huggingface import sequence_parallel
+
+    whole = whole_batch("packed", 1)
+    state = parallel_state.build(Layout(ring=2), torch.device("cpu"))
+    model, collate = sequence_parallel(model_of("Qwen3"), state, chunked_loss=True, tiled_mlp=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model_of("Qwen3")(**whole, use_cache=False).loss
+        got = model(**collate.shard(whole)).loss
+    got.backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+    loss = got.detach().clone()
+    dist.all_reduce(loss)
+    return loss.item() / dist.get_world_size(), want.item()
+
+
 def noticed() -> list[str]:
     """What two ranks of a sequence say when they are given different samples, or count by themselves."""
     from megasp.huggingface import sequence_parallel
@@ -133,12 +150,13 @@ def noticed() -> list[str]:
     return said
 
 
-def two_ranks() -> tuple[float, list[str]]:
-    return sharded_gradients(), noticed()
+def two_ranks() -> tuple[float, tuple[float, float], list[str]]:
+    return sharded_gradients(), autocast_losses(), noticed()
 
 
-def test_fully_shard_and_what_ranks_notice() -> None:
-    for worst, said in run_ranks(two_ranks, 2):
+def test_fully_shard_autocast_and_what_ranks_notice() -> None:
+    for worst, (loss, want), said in run_ranks(two_ranks, 2):
         assert worst < TOLERANCE
+        assert loss == pytest.approx(want, rel=1e-2)
         assert "ranks of one sequence with different samples" in said[0]
         assert "average_tokens_across_devices" in said[1]

@@ -57,6 +57,7 @@ MODELS: dict[str, tuple[Any, str]] = {
     "soft-capping": (lambda: model_of("Gemma2", attn_logit_softcapping=50.0), "attn_logit_softcapping 50.0"),
     "attention dropout": (lambda: model_of("Llama", attention_dropout=0.1), "attention_dropout=0.0"),
     "attn_pdrop": (gpt2, "attention dropout 0.1"),
+    "router's loss": (lambda: mixtral(output_router_logits=True), "with output_router_logits"),
     "longrope": (lambda: model_of("Llama", rope_parameters=LONGROPE), "rotary type longrope"),
 }
 
@@ -111,11 +112,15 @@ def small_phi() -> nn.Module:
     )
 
 
-def test_experts_are_not_tiled() -> None:
-    experts = small(
+def mixtral(**changes: Any) -> nn.Module:
+    return small(
         "Mixtral", vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=2,
+        num_key_value_heads=1, num_local_experts=2, **changes,
     )  # fmt: skip
+
+
+def test_experts_are_not_tiled() -> None:
+    experts = mixtral()
     assert "MixtralForCausalLM (num_local_experts 2)" in refusal(experts, tiled_mlp=True)
 
 
@@ -136,6 +141,17 @@ def test_call_that_shards_cannot_serve(name: str) -> None:
     model, collate = sequence_parallel(model_of("Llama"), SINGLE)
     with pytest.raises(ConfigError, match=said):
         model(**change(batch_of(collate)))
+
+
+def test_window_that_a_layer_does_not_pass_on() -> None:
+    model = small(
+        "Qwen2Moe", vocab_size=VOCAB, hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_experts=2,
+        shared_expert_intermediate_size=8, num_experts_per_tok=1, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention"],
+    )  # fmt: skip
+    model, collate = sequence_parallel(model, SINGLE)
+    with pytest.raises(ConfigError, match="a window that it keeps to itself"):
+        model(**batch_of(collate))
 
 
 def test_logits_changed_after_the_head() -> None:
