@@ -98,11 +98,11 @@ class _Calls:
             )
         if kwargs.get("past_key_values") is not None:
             raise ConfigError("past_key_values", "ranks hold shards, which no cache continues", "generate without it")
-        if kwargs.get("labels") is None and kwargs.get("shift_labels") is not None:
+        if (kwargs.get("labels") is None) != (kwargs.get("shift_labels") is None):
             raise ConfigError(
-                "a batch with shift_labels but without labels",
+                "a batch with only one of labels and shift_labels",
                 "a loss that is not the model's own (label smoothing, compute_loss_func) cannot shift over shards",
-                "leave that to the model; for logits alone drop both",
+                "leave the loss to the model; for logits alone drop both",
             )
         self._check_group(samples, kwargs)
         kwargs.setdefault("use_cache", False)
