@@ -114,8 +114,9 @@ def attention_forward(
 
 def _slides(module: nn.Module) -> bool:
     """Whether the model's config gives this layer a window: some models say so in their masks alone."""
-    kinds, layer = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
-    return bool(kinds) and layer is not None and kinds[layer] == "sliding_attention"
+    kinds: list[str] = getattr(getattr(module, "config", None), "layer_types", None) or []
+    layer: int | None = getattr(module, "layer_idx", None)
+    return layer is not None and kinds[layer : layer + 1] == ["sliding_attention"]
 
 
 AttentionInterface.register(NAME, attention_forward)
