@@ -129,6 +129,7 @@ def main() -> None:
         logging_steps=1,
         save_strategy="no",
         report_to=[],
+        ddp_find_unused_parameters=False,
     )
     trainer = Trainer(model, training, train_dataset=samples, data_collator=collate)
     trainer.train()

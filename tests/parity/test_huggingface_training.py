@@ -78,23 +78,23 @@ def trained(layout: str, folder: Path, lora: bool, **options: Any) -> tuple[list
     return losses, {name: x.detach() for name, x in model.named_parameters() if x.requires_grad}
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_trainer(lora: bool, tmp_path: Path) -> None:
+def trainings(layout: str, folder: Path) -> list[tuple[list[float], dict[str, Tensor]]]:
+    """Of all weights with what saves memory, and of adapters."""
+    savers = {"chunked_loss": True, "tiled_mlp": 4} if layout else {}
+    return [trained(layout, folder, lora=False, **savers), trained(layout, folder, lora=True)]
+
+
+def test_trainer(tmp_path: Path) -> None:
     """Three steps with accumulation, and an evaluation, end where the unsharded Trainer ends."""
     pytest.importorskip("accelerate")
-    if lora:
-        pytest.importorskip("peft")
-    options = {} if lora else {"chunked_loss": True, "tiled_mlp": 4}
-    ((want, weights),) = run_ranks(trained, 1, "", tmp_path, lora)
-    for losses, mine in run_ranks(_trained, 4, "u2-dp2", tmp_path, lora, options):
-        assert len(losses) == 4
-        assert losses == pytest.approx(want, rel=1e-4)
-        for name, weight in weights.items():
-            assert error(mine[name], weight) < 1e-4, name
-
-
-def _trained(layout: str, folder: Path, lora: bool, options: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
-    return trained(layout, folder, lora, **options)
+    pytest.importorskip("peft")
+    (references,) = run_ranks(trainings, 1, "", tmp_path)
+    for results in run_ranks(trainings, 4, "u2-dp2", tmp_path):
+        for (losses, mine), (want, weights) in zip(results, references, strict=True):
+            assert len(losses) == 4
+            assert losses == pytest.approx(want, rel=1e-4)
+            for name, weight in weights.items():
+                assert error(mine[name], weight) < 1e-4, name
 
 
 def sharded_gradients() -> float:
