@@ -4,7 +4,7 @@
 
 Two parts, both through transformers' own interface of attention functions. `exchange`: one attention layer, forward and
 backward, s 8192, 16 query heads of 64, with the identity in the place of attention, which leaves collectives and layout
-copies. `step`: loss and gradients of a Llama of 4 layers, hidden 512, 8 query heads, vocabulary 32000, s 2048, the same
+copies. `step`: loss and gradients of a Llama of 4 layers, hidden 512, 8 query heads, vocabulary 32000, s 1024, the same
 weights and tokens; losses must agree to 1e-4. "megasp, savers" is the same with tiled_mlp and chunked_loss.
 
 Collectives and bytes of a rank are exact; megasp's must not be more than the peer's. They hold everything: the peer's
@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--kv-heads", type=int, nargs="+", default=[8, 2])
-    parser.add_argument("--sequence", type=int, default=2048, help="of the step")
+    parser.add_argument("--sequence", type=int, default=1024, help="of the step")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     lines = []
