@@ -1,4 +1,4 @@
-"""Ranks that share a sequence read the same samples, whoever makes the loader: Trainer, TRL, or a loop with Accelerate.
+"""Ranks that share a sequence read the same samples, whoever makes the loader: Trainer, or a loop with Accelerate.
 
 Accelerate gives every rank samples of its own when it prepares a loader. For a loader whose collator shards sequences
 the ranks that read different samples are those of `dp`, so `Accelerator.prepare_data_loader` is followed by setting the

@@ -1,7 +1,6 @@
 """transformers models whose sequences are split over gloo ranks against the same models on whole samples, fp32."""
 
 import copy
-import os
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,19 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 
-from megasp import parallel_state
+from megasp import local_ranks, parallel_state
 from megasp.config.layout import Layout
 from megasp.parallel_state import ParallelState
 from tests.ranks import run_ranks
 
-FULL_MATRIX = os.environ.get("MEGASP_FULL_MATRIX") == "1"
+# Ranks are forked with these: to import them in each takes longer than what is tested.
+local_ranks.PRELOAD += (
+    "megasp.huggingface",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2", "qwen3", "mistral", "gemma2")),
+    "transformers.trainer",
+    "accelerate",
+    "peft",
+)
 TOLERANCE = 2e-5
 VOCAB = 96
 SIZES = {

@@ -1,6 +1,7 @@
 """Training of transformers models over split sequences: Trainer, fully_shard, and what the ranks notice together."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import transformers
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, IterableDataset
 
 from megasp import parallel_state
 from megasp.config.layout import Layout
@@ -78,18 +80,45 @@ def trained(layout: str, folder: Path, lora: bool, **options: Any) -> tuple[list
     return losses, {name: x.detach() for name, x in model.named_parameters() if x.requires_grad}
 
 
-def trainings(layout: str, folder: Path) -> list[tuple[list[float], dict[str, Tensor]]]:
-    """Of all weights with what saves memory, and of adapters."""
+class Stream(IterableDataset[dict[str, Tensor]]):
+    """Samples without an index; their first tokens are 10, 11, ..."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return ({"input_ids": torch.full((8,), 10 + number)} for number in range(4))
+
+
+def streamed(layout: str) -> list[int]:
+    """The samples that this rank reads of a stream."""
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration
+
+    from megasp.huggingface.batches import ShardingCollator
+    from megasp.huggingface.loaders import share_samples
+
+    share_samples()
+    state = parallel_state.build(Layout.parse(layout), torch.device("cpu"))
+    collate = ShardingCollator.of(state, "p2p", 0, None)
+    loader = DataLoader(Stream(), batch_size=1, collate_fn=collate)
+    with pytest.raises(ConfigError, match="dispatch_batches"):
+        Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=True)).prepare(loader)
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=False))
+    return [int(batch["input_ids"][0, 0]) for batch in accelerator.prepare(loader)]
+
+
+def trainings(layout: str, folder: Path) -> tuple[list[tuple[list[float], dict[str, Tensor]]], list[int]]:
+    """Of all weights with what saves memory, and of adapters; and what is read of a stream."""
     savers = {"chunked_loss": True, "tiled_mlp": 4} if layout else {}
-    return [trained(layout, folder, lora=False, **savers), trained(layout, folder, lora=True)]
+    both = [trained(layout, folder, lora=False, **savers), trained(layout, folder, lora=True)]
+    return both, streamed(layout) if layout else []
 
 
 def test_trainer(tmp_path: Path) -> None:
     """Three steps with accumulation, and an evaluation, end where the unsharded Trainer ends."""
     pytest.importorskip("accelerate")
     pytest.importorskip("peft")
-    (references,) = run_ranks(trainings, 1, "", tmp_path)
-    for results in run_ranks(trainings, 4, "u2-dp2", tmp_path):
+    ((references, _),) = run_ranks(trainings, 1, "", tmp_path)
+    for rank, (results, read) in enumerate(run_ranks(trainings, 4, "u2-dp2", tmp_path)):
+        assert read == ([10, 12] if rank < 2 else [11, 13])
         for (losses, mine), (want, weights) in zip(results, references, strict=True):
             assert len(losses) == 4
             assert losses == pytest.approx(want, rel=1e-4)
