@@ -38,7 +38,7 @@ LAYOUTS: list[Case] = [
     ("r2-dp2-zero1", {}),
     ("u4-zero2", {}),
     ("tp2-dp2-zero1", {}),
-    ("pp2-dp2-zero3", {"num_virtual_stages_per_pipeline_rank": 2}),
+    ("pp2-dp2-zero3", {"pipeline_model_parallel_layout": "E|tt|tt|L"}),
 ]
 COUNT = 9
 """Of the first ones, by themselves and with each kind of split, in the quick suite."""
