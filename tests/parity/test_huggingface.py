@@ -130,7 +130,11 @@ CASES: dict[int, list[Case]] = {
         ("Gemma2", "packed", "u2-r2", {}, {}),
         ("Gemma2", "padded", "u4", {}, {"tiled_mlp": True, "attention": "eager"}),
     ],
-    8: [("Mistral", "packed", "u4-r2", {}, {})],
+    8: [
+        ("Mistral", "packed", "u4-r2", {}, {}),
+        ("Llama", "padded", "r8", {}, SAVERS),
+        ("Qwen2", "packed", "u2-r2-dp2", {"checkpoint": True}, {}),
+    ],
 }
 
 
