@@ -75,7 +75,7 @@ def trained(layout: str, flags: dict[str, Any], dtype: torch.dtype) -> tuple[Tra
     """Three steps with an evaluation between; the training, losses, and gradient norms."""
     training = started(layout, flags, dtype)
     config, state, losses, norms = training.config, training.state, [], []
-    with build_loader(config, state, training.shard_map, build_datasets(config).train) as loader:
+    with build_loader(config, state, training.shards, build_datasets(config).train) as loader:
         for step in range(3):
             result = train_step(training, loader.step(), 1e-3)
             losses.append(result.loss)
@@ -130,7 +130,7 @@ def _sent_and_held(layout: str, bf16_gradients: bool) -> tuple[dict[str, float],
     count = sum(p.numel() for p in training.model.parameters())  # of DTensors: the whole
     assert isinstance(training.replicas, WeightShards)
     config, inner = training.config, training.replicas.shard_axis
-    with build_loader(config, training.state, training.shard_map, build_datasets(config).train) as loader:
+    with build_loader(config, training.state, training.shards, build_datasets(config).train) as loader:
         batches = loader.step()
         train_step(training, batches, 1e-3)
     sent = {operation: bytes_ / count / len(batches) for operation, bytes_ in inner.traffic.bytes_sent.items()}
