@@ -41,6 +41,7 @@ RANGES: dict[str, Range] = {
             "global_batch_size",
             "train_iters", "train_samples", "eval_interval", "log_interval", "exit_interval", "save_interval",
             "lr_decay_iters", "lr_wsd_decay_iters",
+            "num_distributed_optimizer_instances", "loss_scale_window", "hysteresis",
         ),
         SIZE,
     ),
@@ -54,7 +55,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(
         (
             "lr", "rotary_base", "rope_scaling_factor", "distributed_timeout_minutes", "exit_duration_in_mins",
-            "peak_tflops",
+            "peak_tflops", "loss_scale", "initial_loss_scale", "min_loss_scale",
         ),
         POSITIVE,
     ),

@@ -166,7 +166,10 @@ class Loader:
                 columns = slice(column, column + stop - start)
                 tokens[row, columns], labels[row, columns] = ids[:-1], ids[1:]
                 column += stop - start
-        mask = (tokens != rules.eod) if rules.mask_loss else np.ones(tokens.shape, bool)
+        ends = np.array([sample.length for sample in samples])
+        mask = positions < ends[:, None] - 1  # padding, and what comes before it, has no label
+        if rules.mask_loss:
+            mask &= tokens != rules.eod
         return Batch(tokens, labels, mask.astype(np.float32), positions, numbers, position_ids, seen)
 
     def _document_starts(self, sample: Sample) -> np.ndarray:

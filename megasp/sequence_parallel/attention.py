@@ -90,11 +90,12 @@ class SequenceAttention:
         work: Work | None = None,
         dropout: AttentionDropout | None = None,
         kept: Kept | None = None,
+        scale: float | None = None,
     ) -> Tensor:
-        """q [S, B, N, H], k and v [S, B, G, H] -> [S, B, N, H]."""
+        """q [S, B, N, H], k and v [S, B, G, H] -> [S, B, N, H]; scores times `scale`, 1 / sqrt(H) without it."""
         assert work is not None or self.state.ring.size == 1, "a ring needs to know what is where"
         sparse = {} if self.sparse is None else {"mask": self.sparse}
-        return self.attention(q, k, v, work=work, dropout=dropout, kept=kept, **sparse)
+        return self.attention(q, k, v, work=work, dropout=dropout, kept=kept, scale=scale, **sparse)
 
 
 def _check_sparse(ring: int, mask: Mask, backend: str) -> None:

@@ -18,7 +18,7 @@ def expected(training: Training, microbatches: Sequence[Batch]) -> dict[str, Tra
     recompute = training.config.training.recompute_granularity
     repeats = {"ulysses": 1 + (recompute is not None), "ring": 1 + (recompute == "full")}
     heads, kv_heads = (max(1, count // state.tp.size) for count in (model.num_attention_heads, model.kv_heads))
-    dtype = next(training.model.parameters()).dtype
+    dtype = training.dtype
     stages = training.pipeline.stages.values()
     layers, attend = sum(len(stage.layers) for stage in stages), next(iter(stages)).attend
     chunks = attend.attention.chunks
