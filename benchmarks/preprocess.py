@@ -84,7 +84,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus, model = Path(folder, "corpus.jsonl"), Path(folder, "tokenizer.json")
         corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        train = [sys.executable, "-m", "megasp.cli", "train-tokenizer", "--input", str(corpus)]
+        once = Path(folder, "once.jsonl")
+        once.write_text("".join(json.dumps({"text": text}) + "\n" for text in dict.fromkeys(texts)))
+        train = [sys.executable, "-m", "megasp.cli", "train-tokenizer", "--input", str(once)]
         subprocess.run(
             [*train, "--vocab-size", str(options.vocab), "--output", str(model)], check=True, stdout=subprocess.DEVNULL
         )

@@ -2,13 +2,13 @@
 
     documents of lengths 9 3 5 2 6, samples of 8 tokens, "." is padding:
     stream      |aaaaaaaa|abbbcccc|cddeeeee|e        cuts a, c and e
-    best-fit    |aaaaaaaa|eeeeeedd|cccccbbb|a.......|   cuts only a, which is longer than a sample
+    best-fit    |aaaaaaaa|ddeeeeee|bbbccccc|a.......|   cuts only a, which is longer than a sample
 
 A document of more than L tokens fills samples of its own, L tokens each; what is left of it is packed with the shorter
 documents. These are taken from the longest to the shortest, and each goes where it leaves the least room (best-fit
 decreasing), among the samples of one window of neighbouring documents. H. Ding et al., "Fewer Truncations Improve
-Language Modeling", arXiv 2404.10830, section 3, pack whole corpora; a window costs a percent more of padding, and lets
-a sample be found by the packing of its own documents alone.
+Language Modeling", arXiv 2404.10830, section 3, pack whole corpora; windows cost up to a percent of padding, and let a
+sample be found, and its documents be neighbours on the disk, without a table of documents by length.
 
 What is held: for each document 2 bytes (its sample in the window), for each window 8 (its first sample). It takes one
 pass over the index, about a second for 5 million documents, when a dataset is opened; nothing is stored.
