@@ -85,9 +85,13 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
     ),
     # Memory
     (
-        "recompute is of whole layers, or all but attention: see --recompute-granularity full, all-but-attention",
-        "--recompute-activations --recompute-modules --checkpoint-activations --distribute-saved-activations "
-        "--activations-checkpoint-method --activations-checkpoint-granularity --activations-checkpoint-num-layers",
+        "it was renamed long ago: use --recompute-granularity, --recompute-method and --recompute-num-layers",
+        "--checkpoint-activations --activations-checkpoint-method --activations-checkpoint-granularity "
+        "--activations-checkpoint-num-layers",
+    ),
+    (
+        "--sequence-parallel splits what is saved over the tensor-parallel ranks, and what is not saved, too",
+        "--distribute-saved-activations",
     ),
     (
         "offloading to the host's memory is not built yet: use --recompute-granularity full, or more ranks",

@@ -9,6 +9,7 @@ from megasp.config.batch_schedule import BatchSchedule
 from megasp.config.flags import flag
 from megasp.config.layout import Layout
 from megasp.config.pipeline import SCHEDULES, PipelinePlan, chunks_of
+from megasp.config.recompute import GRANULARITIES, METHODS, MODULES, Recompute
 from megasp.config.tokenizer_types import TIKTOKEN_PATTERNS, TOKENIZER_TYPES
 
 
@@ -214,10 +215,24 @@ class TrainingConfig:
     )
     recompute_granularity: str | None = flag(
         None,
-        "activations to recompute in the backward: those of whole layers, or all but the attention's output, so that "
-        "attention runs once",
-        choices=("full", "all-but-attention"),
+        "activations to recompute in the backward: those of whole layers; of --recompute-modules; or all but the "
+        "attention's output, so that attention runs once",
+        choices=GRANULARITIES,
     )
+    recompute_method: str | None = flag(
+        None,
+        "layers that recompute: uniform is all, with full in groups of --recompute-num-layers that keep one input; "
+        "block is the first --recompute-num-layers of each stage, alternate every such one; uniform without it",
+        choices=METHODS,
+    )
+    recompute_num_layers: int | None = flag(None, "layers of --recompute-method; 1 without it")
+    recompute_modules: tuple[str, ...] = flag(
+        (),
+        "with --recompute-granularity selective: core_attn (attention and Ulysses' exchanges), mlp, layernorm (the "
+        "norms' outputs), mlp_act (the output of the MLP's activation); core_attn without it",
+        choices=MODULES,
+    )
+    tiled_mlp: int = flag(1, "tiles of a rank's sequence in which each MLP is computed, forward and backward")
     eval_interval: int = flag(1000, "steps between evaluations")
     eval_iters: int = flag(100, "steps of an evaluation; 0 switches it off")
     exit_interval: int | None = flag(None, "save and stop when the step is a multiple of it")
@@ -266,6 +281,17 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def recompute(self) -> Recompute:
+        """What is recomputed in the backward, and in which layers of a stage."""
+        training = self.training
+        return Recompute(
+            training.recompute_granularity,
+            training.recompute_method or "uniform",
+            training.recompute_num_layers or 1,
+            training.recompute_modules or ("core_attn",),
+        )
 
     @property
     def pipeline(self) -> PipelinePlan:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megasp.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
+from megasp.footprint import Part
 from megasp.model.matmul import linear
 from megasp.parallel_state import Axis
 
@@ -42,8 +43,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dhidden is None or dlogits is None:
                 continue
             dhidden[part] = linear(dlogits, weight.t())
-            part_dweight = linear(dlogits.t(), rows[part].t())
-            dweight = part_dweight if dweight is None else dweight.to(wide).add_(part_dweight)
+            product = linear(dlogits.t(), rows[part].t())
+            if dweight is None:
+                dweight = product.to(wide) if chunk < rows.shape[0] else product
+            else:
+                dweight.add_(product)
+            del dlogits, product  # before the next chunk makes its own
         if dhidden is not None and dweight is not None:
             ctx.save_for_backward(dhidden.view_as(full), dweight.to(weight.dtype))
         return loss
@@ -77,6 +82,7 @@ def _chunk_loss(
         largest[rows] = part.amax(1)
         total[rows] = part.sub_(largest[rows, None]).exp_().sum(1)
         logits[rows] = part  # which it already is where the dtypes are the same
+        del part
     statistics = torch.stack((largest, total, target))
     every_largest, every_total, every_target = start_all_gather(statistics[None], axis).wait().unbind(1)
     full_largest = every_largest.amax(0)
@@ -115,3 +121,18 @@ def linear_cross_entropy(
         A scalar, the same on every rank of the axis. It may be differentiated once.
     """
     return _LinearCrossEntropy.apply(hidden, weight, labels, mask, axis, sequence_parallel, torch.is_grad_enabled())
+
+
+def loss_footprint(rows: int, size: int, vocabulary: int, item: int, split: int = 1) -> Part:
+    """Bytes of head and loss: `rows` rows of `size` features, of which each of `split` ranks holds a shard, and this
+    rank's `vocabulary` rows of the head."""
+    wide = max(item, 4)
+    chunk = min(rows, max(1, CHUNK_BYTES // (vocabulary * item)))
+    hidden, weight = rows * size * item, vocabulary * size * item
+    total = vocabulary * size * wide if chunk < rows else weight
+    product = weight if chunk < rows or item < wide else 0
+    logits = chunk * vocabulary * (item + (wide if item < wide else 0))
+    products = chunk * (vocabulary + size) * item + product
+    forward = hidden * (1 + (split > 1)) + total + max(logits, products)
+    kept = {"head's gradients": hidden + weight}
+    return Part("loss", wide, forward, max(hidden // split if split > 1 else 0, wide), kept, keeps_input=False)

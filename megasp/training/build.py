@@ -66,7 +66,8 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
             last=stage.last,
             sequence_parallel=config.parallel.sequence_parallel,
             attend=SequenceAttention(state, shard_map, kernel, context.ring_mode, mask),
-            recompute=config.training.recompute_granularity,
+            recompute=config.recompute,
+            tiled_mlp=config.training.tiled_mlp,
             factory=Factory(state.device, dtype, config.training.seed),
         )
         for stage in split(config)

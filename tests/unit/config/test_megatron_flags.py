@@ -66,7 +66,7 @@ def test_translate() -> None:
         ("--encoder-seq-length 128 --bf16", "--seq-length 128 --bf16"),
         ("--encoder-seq-length=128", "--seq-length 128"),
         ("--transformer-impl=local --lr=1", "--lr=1"),
-        ("--recompute-method uniform --recompute-num-layers 1", ""),
+        ("--recompute-activations --bf16", "--recompute-granularity selective --bf16"),
     ],
 )
 def test_translated(given: str, expected: str) -> None:
@@ -78,7 +78,7 @@ def test_translated(given: str, expected: str) -> None:
     [
         ("--bf16 --fp16", "--fp16 is not supported: fp16 needs a loss scale"),
         ("--fp8-format=hybrid", "--fp8-format is not supported"),
-        ("--recompute-method block", "--recompute-method is block: the value supported is uniform"),
+        ("--distribute-saved-activations", "--distribute-saved-activations is not supported: --sequence-parallel"),
         ("--dataloader-type cyclic", "--dataloader-type is cyclic"),
         ("--data-cache-path --bf16", "--data-cache-path: it takes a value"),
         ("--use-flash-attn=true", "--use-flash-attn true: it is a switch"),
