@@ -48,6 +48,7 @@ class Footprint:
         passing: the same where nothing is kept.
         backward: the most at a time in the backward, with all that was kept and the output's gradient.
         deferred: what waits for weight gradients that are put off.
+        host: what is kept on the host.
     """
 
     output: int
@@ -56,6 +57,7 @@ class Footprint:
     passing: int
     backward: int
     deferred: int = 0
+    host: int = 0
 
     @property
     def total(self) -> int:

@@ -94,8 +94,8 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--distribute-saved-activations",
     ),
     (
-        "offloading to the host's memory is not built yet: use --recompute-granularity full, or more ranks",
-        "--cpu-offloading --cpu-offloading-num-layers --optimizer-cpu-offload --optimizer-offload-fraction "
+        "of offloading to the host's memory that of activations is built: use --cpu-offloading-activations",
+        "--cpu-offloading --optimizer-cpu-offload --optimizer-offload-fraction "
         "--use-torch-optimizer-for-cpu-offload --overlap-cpu-optimizer-d2h-h2d --no-pin-cpu-grads --no-pin-cpu-params",
     ),
     (

@@ -39,7 +39,7 @@ RANGES: dict[str, Range] = {
             "vocab_size", "make_vocab_size_divisible_by", "tensor_model_parallel_size", "pipeline_model_parallel_size",
             "context_parallel_size", "ulysses_size", "ring_size", "micro_batch_size", "global_batch_size",
             "train_iters", "train_samples", "eval_interval", "log_interval", "exit_interval", "save_interval",
-            "lr_decay_iters", "lr_wsd_decay_iters", "recompute_num_layers", "tiled_mlp",
+            "lr_decay_iters", "lr_wsd_decay_iters", "recompute_num_layers", "cpu_offloading_num_layers", "tiled_mlp",
         ),
         SIZE,
     ),

@@ -232,6 +232,12 @@ class TrainingConfig:
         "norms' outputs), mlp_act (the output of the MLP's activation); core_attn without it",
         choices=MODULES,
     )
+    cpu_offloading_activations: bool = flag(
+        False, "keep what layers save for their backward in pinned memory of the host, and fetch it one layer ahead"
+    )
+    cpu_offloading_num_layers: int | None = flag(
+        None, "first layers of each pipeline stage that do so; all of them without it"
+    )
     tiled_mlp: int = flag(1, "tiles of a rank's sequence in which each MLP is computed, forward and backward")
     eval_interval: int = flag(1000, "steps between evaluations")
     eval_iters: int = flag(100, "steps of an evaluation; 0 switches it off")
@@ -292,6 +298,12 @@ class Config:
             training.recompute_num_layers or 1,
             training.recompute_modules or ("core_attn",),
         )
+
+    @property
+    def offloaded_layers(self) -> int:
+        """First layers of a stage whose activations go to the host."""
+        training = self.training
+        return training.cpu_offloading_activations * (training.cpu_offloading_num_layers or self.model.num_layers)
 
     @property
     def pipeline(self) -> PipelinePlan:

@@ -5,6 +5,7 @@ D hidden size, V vocabulary. The residual stream is [S, B, D], sequence first, s
 sequence never moves memory; with sequence parallelism it is [S / T, B, D].
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -20,6 +21,7 @@ from megasp.model.init import Factory
 from megasp.model.layers import VocabParallelEmbedding, replicated
 from megasp.model.loss import linear_cross_entropy
 from megasp.model.norm import Norm
+from megasp.model.offload import Offload, copier
 from megasp.model.recompute import recomputed
 from megasp.model.rotary import cos_sin
 from megasp.parallel_state import ParallelState
@@ -40,6 +42,7 @@ class GPTModel(nn.Module):
         attend: attention over the split sequence; without it over contiguous shards, by the best kernel there is.
         recompute: what is recomputed in the backward, and in which layers.
         tiled_mlp: tiles of the sequence in which each MLP is computed.
+        offloaded_layers: first layers whose activations go to the host.
         factory: device, dtype and seed of the parameters.
 
     Example:
@@ -60,6 +63,7 @@ class GPTModel(nn.Module):
         attend: SequenceAttention | None = None,
         recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
         tiled_mlp: int = 1,
+        offloaded_layers: int = 0,
         factory: Factory | None = None,
     ) -> None:
         super().__init__()
@@ -80,6 +84,8 @@ class GPTModel(nn.Module):
             piece = replicated("position_embedding.weight", shape, state.tp, partial=self.sequence_parallel)
             self.position_embedding = factory.parameter([piece.with_facts(init_std=config.init_method_std, decay=True)])
         self.embedding_key = site_key(factory.seed, "embedding")
+        self.offloaded_layers = offloaded_layers
+        self.copies = copier(state.device) if offloaded_layers else None
         self.groups = recompute.groups(len(layers))
         self.recompute = [recompute if again else Recompute() for group, again in self.groups for _ in group]
         self.layers = nn.ModuleList(
@@ -146,8 +152,12 @@ class GPTModel(nn.Module):
         seen = positions if position_ids is None else position_ids.t()  # [S] or [S, B]
         info = self._tokens(positions, seen, samples, document_starts)
         x = self._embed(tokens, seen, info.keys) if self.embedding is not None else tokens
+        offload = Offload(self.copies) if self.copies is not None and torch.is_grad_enabled() else None
         for group, _ in self.groups:
-            x = self._run(group, x, info)
+            blocks = [self.layers[number] for number in group]
+            away = offload is not None and group.start < self.offloaded_layers
+            with offload.layer(blocks) if offload is not None and away else nullcontext():
+                x = self._run(group, x, info)
         if self.final_norm is None or self.head is None:
             return x
         x = self.final_norm(x)

@@ -164,12 +164,18 @@ def layer_footprint(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> F
     return layer
 
 
-def stage_layers(model: ModelConfig, sizes: Sizes, recompute: Recompute, layers: int) -> list[Footprint]:
-    """The layers of a stage, those that are recomputed together as one."""
+def stage_layers(
+    model: ModelConfig, sizes: Sizes, recompute: Recompute, layers: int, offloaded: int = 0
+) -> list[Footprint]:
+    """The layers of a stage, those that are recomputed together as one; the first `offloaded` keep theirs on the host.
+
+    Of these the last one's is on the device, too; two layers' are while a forward runs, and while a backward does.
+    """
     plain = layer_footprint(model, sizes, Recompute())
     single = layer_footprint(model, sizes, recompute)
     stream = sizes.rows * model.hidden_size * sizes.item
-    found = []
+    found: list[Footprint] = []
+    away: list[tuple[int, Footprint, int]] = []
     for group, again in recompute.groups(layers):
         if not again:
             found.append(plain)
@@ -177,6 +183,13 @@ def stage_layers(model: ModelConfig, sizes: Sizes, recompute: Recompute, layers:
             found.append(single)
         else:
             found.append(recomputed(joined([plain] * len(group)), stream, name=STREAM))
+        if group.start < offloaded:
+            before = found[-2].total if len(found) > 1 else 0
+            away.append((len(found) - 1, found[-1], before))
+    for index, piece, before in away[:-1]:
+        found[index] = replace(
+            piece, kept={}, forward=piece.forward + before, backward=piece.backward + before, host=piece.total
+        )
     return found
 
 

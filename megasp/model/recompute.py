@@ -19,7 +19,7 @@ recomputed: Callable[..., Any] = partial(checkpoint, use_reentrant=False, preser
 
 @contextmanager
 def made_again(out: Tensor, function: Callable[[Tensor], Tensor], x: Tensor, wanted: bool = True) -> Iterator[None]:
-    """Where this is `wanted`, functions that run inside do not keep `out` for their backward: function(x) makes it again.
+    """Where this is `wanted`, functions that run inside do not keep `out`: their backward makes it by function(x).
 
     For what is cheap to make and followed by what is dear, such as a norm and a linear layer: that is not run again.
     """

@@ -78,7 +78,7 @@ def rotate_(x: Tensor, heads: int, head_dim: int, table: tuple[Tensor, Tensor]) 
 
 
 def rotary_footprint(qkv: int, rotating: int) -> Part:
-    """Bytes of rotating `rotating` bytes of heads within a fused tensor of `qkv` bytes. (The tables are of the model.)"""
+    """Bytes of rotating `rotating` bytes of heads within a fused tensor of `qkv` bytes; the tables are of the model."""
     working = 3 * rotating // 2
     return Part("q, k, v", None, working, qkv + working, keeps_input=False)
 

@@ -68,6 +68,7 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
             attend=SequenceAttention(state, shard_map, kernel, context.ring_mode, mask),
             recompute=config.recompute,
             tiled_mlp=config.training.tiled_mlp,
+            offloaded_layers=config.offloaded_layers,
             factory=Factory(state.device, dtype, config.training.seed),
         )
         for stage in split(config)

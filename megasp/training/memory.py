@@ -1,8 +1,8 @@
 """The account of memory: what each rank holds at the fullest moment of a step, by component, in closed form.
 
-Every part of the program states its own bytes beside its code (`*_footprint`, `state_bytes`); here they are added up for
-a rank of a layout. Beside these a GPU holds its context, the libraries' workspaces and what its allocator cannot use:
-some 1 to 3 GB.
+Every part of the program states its own bytes beside its code (`*_footprint`, `state_bytes`); here they are added up
+for a rank of a layout. Beside these a GPU holds its context, the libraries' workspaces and what its allocator cannot
+use: some 1 to 3 GB.
 """
 
 from collections.abc import Sequence
@@ -125,7 +125,7 @@ def sizes_of(config: Config, layout: Layout) -> Sizes:
 def _stage(config: Config, sizes: Sizes, stage: Stage, growing: int) -> StageBytes:
     """One microbatch through a stage; `growing` is the bytes of a gradient that has no buffer."""
     model = config.model
-    layers = model_memory.stage_layers(model, sizes, config.recompute, len(stage.layers))
+    layers = model_memory.stage_layers(model, sizes, config.recompute, len(stage.layers), config.offloaded_layers)
     ends = model_memory.end_parameters(model, sizes.tp, stage.first, stage.last)
     each = model_memory.layer_parameters(model, sizes.tp)
     pieces = [*layers]
