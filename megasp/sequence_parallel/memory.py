@@ -1,4 +1,4 @@
-"""What attention over a split sequence holds, in bytes, as parts of a layer. Kernels are those that keep no scores."""
+"""What attention over a split sequence holds, in bytes, as parts of a layer."""
 
 from dataclasses import dataclass
 
@@ -10,17 +10,20 @@ from megasp.sequence_parallel.ulysses import head_shares
 @dataclass(frozen=True)
 class AttentionSizes:
     """One attention on one rank: `tokens` of all its samples, its heads before Ulysses splits them, bytes an element,
-    and the axes that split the sequence."""
+    the axes that split the sequence; whether the scores exist, and whether some of them are dropped."""
 
     tokens: int
     heads: int
     kv_heads: int
     head_dim: int
     item: int
+    samples: int = 1
     ulysses: int = 1
     ulysses_rank: int = 0
     ring: int = 1
     comm: str = "p2p"
+    unfused: bool = False
+    dropout: bool = False
 
     @property
     def qkv(self) -> int:
@@ -56,6 +59,15 @@ def _attend(sizes: AttentionSizes, tokens: int, heads: int, kv_heads: int) -> Pa
     q, kv = (tokens * n * sizes.head_dim * sizes.item for n in (heads, 2 * kv_heads))
     lse = tokens * heads * wide
     kept, forward, backward = {"statistics": lse}, q + lse, q + kv + lse
+    if sizes.unfused:
+        # In matrices of scores: their product, and that made probabilities; in the backward two of gradients more. The
+        # bits of dropout are 64 wide while they are mixed.
+        keys = tokens // sizes.samples
+        matrix = tokens * heads * keys * wide
+        mixing = (24 * matrix // wide if sizes.dropout else 0) // sizes.ring**2
+        matrix //= sizes.ring**2
+        forward += matrix * 2 + mixing
+        backward += matrix * 4 + mixing
     if sizes.ring > 1:
         # Partial sums are wide. Of keys and values there are those that travel, those in use, and a copy of one's own.
         wide_q, wide_kv = q // sizes.item * wide, kv // sizes.item * wide

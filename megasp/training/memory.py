@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megasp.config.context_parallel import split_context
+from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.config.stages import Stage, split
@@ -75,12 +76,15 @@ class Account:
         return [(name, size) for name, size in rows.items() if size]
 
 
-def account(config: Config, layout: Layout, pipeline_rank: int = 0) -> Account:
+def account(
+    config: Config, layout: Layout, pipeline_rank: int = 0, zero: int | None = None, gradient_item: int | None = None
+) -> Account:
     """The account of the ranks at one place of the pipeline. Ranks that differ elsewhere hold the same, but for uneven
     heads.
 
     Args:
         config: validated for this layout.
+        zero, gradient_item: ZeRO stage, and bytes of a gradient's element, where they are not the configuration's.
     """
     model, training = config.model, config.training
     sizes, plan = sizes_of(config, layout), config.pipeline
@@ -90,9 +94,9 @@ def account(config: Config, layout: Layout, pipeline_rank: int = 0) -> Account:
     ends = {stage.number: model_memory.end_parameters(model, layout.tp, stage.first, stage.last) for stage in mine}
     elements = sum(len(stage.layers) * layer + sum(ends[stage.number].values()) for stage in mine)
     unit = max([layer, *(count for end in ends.values() for count in end.values())])
-    gradient_item = 2 if getattr(training, "grad_reduce_in_bf16", False) else None
+    gradient_item = gradient_item or (2 if getattr(training, "grad_reduce_in_bf16", False) else None)
     shards = layout.dp_inner * layout.cp
-    zero = getattr(config.parallel, "zero_stage", 0)
+    zero = getattr(config.parallel, "zero_stage", 0) if zero is None else zero
     states = state_bytes(elements, unit, sizes.item, shards * layout.dp_outer, shards, zero, gradient_item)
     growing = max(sizes.item, 4) if states.growing else 0
     stages = {stage.number: _stage(config, sizes, stage, growing) for stage in mine}
@@ -115,8 +119,21 @@ def sizes_of(config: Config, layout: Layout) -> Sizes:
     heads, kv_heads = (max(1, count // layout.tp) for count in (model.num_attention_heads, model.kv_heads))
     item = 2 if training.bf16 or getattr(training, "fp16", False) else 4
     last = layout.ulysses - 1  # where heads are uneven the last rank has most of them
+    dropout, dtype = model.attention_dropout, {2: "bfloat16", 4: "float32"}[item]
+    kernel, _ = choose_kernel(training.attention_backend, "cuda", dtype, dropout, model.head_dim)
     attention = AttentionSizes(
-        tokens, heads, kv_heads, model.head_dim, item, layout.ulysses, last, layout.ring, context.ring_mode
+        tokens,
+        heads,
+        kv_heads,
+        model.head_dim,
+        item,
+        training.micro_batch_size,
+        layout.ulysses,
+        last,
+        layout.ring,
+        context.ring_mode,
+        unfused=kernel == "unfused" or (kernel is None and dropout > 0),
+        dropout=dropout > 0,
     )
     sequence_parallel = config.parallel.sequence_parallel and layout.tp > 1
     return Sizes(tokens, training.micro_batch_size, item, layout.tp, sequence_parallel, attention, training.tiled_mlp)
