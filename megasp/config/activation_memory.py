@@ -17,23 +17,23 @@ def check(config: Config, layout: Layout) -> None:
 
 
 def _recompute(config: Config) -> None:
-    training = config.training
-    granularity = training.recompute_granularity
+    options = config.activations
+    granularity = options.recompute_granularity
     for flag, value in (
-        ("--recompute-method", training.recompute_method),
-        ("--recompute-num-layers", training.recompute_num_layers),
+        ("--recompute-method", options.recompute_method),
+        ("--recompute-num-layers", options.recompute_num_layers),
     ):
         if value is not None and granularity is None:
             raise ConfigError(
                 f"{flag} {value} without --recompute-granularity", "nothing is recomputed", f"leave {flag} out"
             )
-    if training.recompute_modules and granularity != "selective":
+    if options.recompute_modules and granularity != "selective":
         raise ConfigError(
             f"--recompute-modules with recompute-granularity {granularity}",
             "modules are named for selective recompute",
             "add --recompute-granularity selective",
         )
-    recompute = config.recompute
+    recompute = config.activations.recompute
     if recompute.method == "uniform" and recompute.num_layers > 1 and granularity != "full":
         raise ConfigError(
             f"--recompute-num-layers {recompute.num_layers} with --recompute-granularity {granularity}",
@@ -43,7 +43,7 @@ def _recompute(config: Config) -> None:
 
 
 def _tiles(config: Config, layout: Layout) -> None:
-    tiles = config.training.tiled_mlp
+    tiles = config.activations.tiled_mlp
     if tiles == 1:
         return
     split = layout.tp if config.parallel.sequence_parallel else 1
@@ -54,7 +54,7 @@ def _tiles(config: Config, layout: Layout) -> None:
             "a tile holds at least one",
             f"use --tiled-mlp {positions}",
         )
-    inner = [name for name in ("mlp", "mlp_act") if config.recompute.does(name)]
+    inner = [name for name in ("mlp", "mlp_act") if config.activations.recompute.does(name)]
     if inner:
         raise ConfigError(
             f"--tiled-mlp {tiles} with --recompute-modules {' '.join(inner)}",
@@ -70,16 +70,16 @@ def _tiles(config: Config, layout: Layout) -> None:
 
 
 def _offload(config: Config) -> None:
-    training = config.training
-    if training.cpu_offloading_num_layers is not None and not training.cpu_offloading_activations:
+    options = config.activations
+    if options.cpu_offloading_num_layers is not None and not options.cpu_offloading_activations:
         raise ConfigError(
-            f"--cpu-offloading-num-layers {training.cpu_offloading_num_layers} without --cpu-offloading-activations",
+            f"--cpu-offloading-num-layers {options.cpu_offloading_num_layers} without --cpu-offloading-activations",
             "nothing is offloaded",
             "add --cpu-offloading-activations, or leave it out",
         )
-    if not training.cpu_offloading_activations:
+    if not options.cpu_offloading_activations:
         return
-    recompute = config.recompute
+    recompute = config.activations.recompute
     kept = [name for name in ("layernorm", "mlp_act") if recompute.does(name)]
     kept += ["all-but-attention"] if recompute.granularity == "all-but-attention" else []
     if kept:
@@ -96,7 +96,7 @@ def check_device(config: Config, device: str) -> None:
     Raises:
         ConfigError: offloading on a CPU.
     """
-    if config.training.cpu_offloading_activations and device == "cpu":
+    if config.activations.cpu_offloading_activations and device == "cpu":
         raise ConfigError(
             "--cpu-offloading-activations on a CPU",
             "activations are in the host's memory there as they are",

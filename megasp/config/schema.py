@@ -9,7 +9,7 @@ from megasp.config.batch_schedule import BatchSchedule
 from megasp.config.flags import flag
 from megasp.config.layout import Layout
 from megasp.config.pipeline import SCHEDULES, PipelinePlan, chunks_of
-from megasp.config.recompute import GRANULARITIES, METHODS, MODULES, Recompute
+from megasp.config.recompute import ActivationConfig
 from megasp.config.tokenizer_types import TIKTOKEN_PATTERNS, TOKENIZER_TYPES
 
 
@@ -213,32 +213,6 @@ class TrainingConfig:
         "attention kernel; auto picks the best that this machine has, unfused (local) is the exact reference",
         choices=("auto", "flash", "fused", "flash-attn-2", "flash-attn-3", "unfused", "local"),
     )
-    recompute_granularity: str | None = flag(
-        None,
-        "activations to recompute in the backward: those of whole layers; of --recompute-modules; or all but the "
-        "attention's output, so that attention runs once",
-        choices=GRANULARITIES,
-    )
-    recompute_method: str | None = flag(
-        None,
-        "layers that recompute: uniform is all, with full in groups of --recompute-num-layers that keep one input; "
-        "block is the first --recompute-num-layers of each stage, alternate every such one; uniform without it",
-        choices=METHODS,
-    )
-    recompute_num_layers: int | None = flag(None, "layers of --recompute-method; 1 without it")
-    recompute_modules: tuple[str, ...] = flag(
-        (),
-        "with --recompute-granularity selective: core_attn (attention and Ulysses' exchanges), mlp, layernorm (the "
-        "norms' outputs), mlp_act (the output of the MLP's activation); core_attn without it",
-        choices=MODULES,
-    )
-    cpu_offloading_activations: bool = flag(
-        False, "keep what layers save for their backward in pinned memory of the host, and fetch it one layer ahead"
-    )
-    cpu_offloading_num_layers: int | None = flag(
-        None, "first layers of each pipeline stage that do so; all of them without it"
-    )
-    tiled_mlp: int = flag(1, "tiles of a rank's sequence in which each MLP is computed, forward and backward")
     eval_interval: int = flag(1000, "steps between evaluations")
     eval_iters: int = flag(100, "steps of an evaluation; 0 switches it off")
     exit_interval: int | None = flag(None, "save and stop when the step is a multiple of it")
@@ -285,25 +259,9 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    activations: ActivationConfig = field(default_factory=ActivationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-
-    @property
-    def recompute(self) -> Recompute:
-        """What is recomputed in the backward, and in which layers of a stage."""
-        training = self.training
-        return Recompute(
-            training.recompute_granularity,
-            training.recompute_method or "uniform",
-            training.recompute_num_layers or 1,
-            training.recompute_modules or ("core_attn",),
-        )
-
-    @property
-    def offloaded_layers(self) -> int:
-        """First layers of a stage whose activations go to the host."""
-        training = self.training
-        return training.cpu_offloading_activations * (training.cpu_offloading_num_layers or self.model.num_layers)
 
     @property
     def pipeline(self) -> PipelinePlan:

@@ -15,7 +15,7 @@ def expected(training: Training, microbatches: Sequence[Batch]) -> dict[str, Tra
     Recomputing a layer repeats its forward; what the granularity says of each axis.
     """
     state, model = training.state, training.config.model
-    recompute = training.config.recompute
+    recompute = training.config.activations.recompute
     repeats = recompute.attention_runs()
     heads, kv_heads = (max(1, count // state.tp.size) for count in (model.num_attention_heads, model.kv_heads))
     dtype = next(training.model.parameters()).dtype

@@ -107,7 +107,7 @@ def account(
         pipeline_rank,
         states,
         peak(steps, pipeline_rank, stages, message),
-        model_memory.layer_footprint(model, sizes, config.recompute).kept,
+        model_memory.layer_footprint(model, sizes, config.activations.recompute).kept,
         sizes.tokens,
     )
 
@@ -136,17 +136,21 @@ def sizes_of(config: Config, layout: Layout) -> Sizes:
         dropout=dropout > 0,
     )
     sequence_parallel = config.parallel.sequence_parallel and layout.tp > 1
-    return Sizes(tokens, training.micro_batch_size, item, layout.tp, sequence_parallel, attention, training.tiled_mlp)
+    return Sizes(
+        tokens, training.micro_batch_size, item, layout.tp, sequence_parallel, attention, config.activations.tiled_mlp
+    )
 
 
 def _stage(config: Config, sizes: Sizes, stage: Stage, growing: int) -> StageBytes:
     """One microbatch through a stage; `growing` is the bytes of a gradient that has no buffer."""
     model = config.model
-    layers = model_memory.stage_layers(model, sizes, config.recompute, len(stage.layers), config.offloaded_layers)
+    layers = model_memory.stage_layers(
+        model, sizes, config.activations.recompute, len(stage.layers), config.activations.offloaded(len(stage.layers))
+    )
     ends = model_memory.end_parameters(model, sizes.tp, stage.first, stage.last)
     each = model_memory.layer_parameters(model, sizes.tp)
     pieces = [*layers]
-    gradients = [each * len(group) for group, _ in config.recompute.groups(len(stage.layers))]
+    gradients = [each * len(group) for group, _ in config.activations.recompute.groups(len(stage.layers))]
     if stage.first:
         pieces.insert(0, model_memory.first_footprint(model, sizes))
         gradients.insert(0, ends["embedding"] + ends.get("positions", 0))

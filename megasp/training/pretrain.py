@@ -29,7 +29,8 @@ from megasp.training.build import Training, build
 from megasp.training.datasets import Datasets, build_datasets, build_loader, constant_batch, resolve
 from megasp.training.devices import peak_tflops
 from megasp.training.learning_rate import learning_rate
-from megasp.training.memory import account, table
+from megasp.training.memory import account
+from megasp.training.memory import table as memory_table
 from megasp.training.metrics import Metrics, Run, peak_memory_gib
 from megasp.training.resume import Progress
 from megasp.training.step import StepResult, evaluate, train_step
@@ -164,7 +165,7 @@ class _Loop:
         name = "measured" if on_gpu else "resident memory"
         measured = {name: [round(peak_memory_gib(state.device) * 2**30)]}
         log.info("memory of rank 0 at the fullest moment of a step, by the account of `megasp memory`, and measured")
-        for line in table([account(self.training.config, state.layout, state.pp.rank)], measured):
+        for line in memory_table([account(self.training.config, state.layout, state.pp.rank)], measured):
             log.info("  " + line)
         if not on_gpu:
             log.info("  (a CPU tells the whole process's: Python, libraries, corpus and freed memory are in it, too)")

@@ -15,7 +15,8 @@ SMALL: dict[str, Any] = {
     "num_layers": 4, "hidden_size": 256, "ffn_hidden_size": 704, "num_attention_heads": 8,
     "group_query_attention": True, "num_query_groups": 4, "position_embedding_type": "rope", "normalization": "RMSNorm",
     "swiglu": True, "add_bias_linear": False, "untie_embeddings_and_output_weights": True, "vocab_size": 512,
-    "attention_dropout": 0.0, "hidden_dropout": 0.0, "seq_length": 4096, "bf16": True, "mock_data": True, "train_iters": 1, "lr": 1e-3,
+    "attention_dropout": 0.0, "hidden_dropout": 0.0, "seq_length": 4096, "bf16": True,
+    "mock_data": True, "train_iters": 1, "lr": 1e-3,
 }  # fmt: skip
 GPT2 = SMALL | {
     "group_query_attention": False, "num_query_groups": None, "position_embedding_type": "learned_absolute",
