@@ -5,6 +5,7 @@ for a rank of a layout. Beside these a GPU holds its context, the libraries' wor
 use: some 1 to 3 GB.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,9 +30,9 @@ class Account:
         rank: a rank of this kind; `pipeline_rank`: its place in the pipeline.
         states: what it holds all the time.
         peak: the fullest moment of its step.
-        layers: kind -> what a layer keeps of one microbatch.
+        layer: kind -> what a layer keeps of one microbatch.
         tokens: of one microbatch on this rank.
-        held: kind -> bytes of all kept activations at that moment.
+        host: bytes of activations on the host at that moment.
     """
 
     rank: int
@@ -40,6 +41,7 @@ class Account:
     peak: Peak
     layer: dict[str, int]
     tokens: int
+    host: int
 
     @property
     def static(self) -> int:
@@ -101,14 +103,17 @@ def account(
     growing = max(sizes.item, 4) if states.growing else 0
     stages = {stage.number: _stage(config, sizes, stage, growing) for stage in mine}
     steps = schedule(plan.schedule, plan.ranks, config.num_microbatches(layout), plan.chunks)
-    message = sizes.rows * model.hidden_size * sizes.item
+    fullest = peak(steps, pipeline_rank, stages, sizes.rows * model.hidden_size * sizes.item)
+    live = Counter(fullest.live) + Counter([fullest.action.stage] * (fullest.action.kind == "F"))
+    host = sum(count * sum(piece.host for piece in stages[number].pieces) for number, count in live.items())
     return Account(
         layout.rank(dict.fromkeys(("dp_outer", "dp_inner", "ring", "ulysses", "tp"), 0) | {"pp": pipeline_rank}),
         pipeline_rank,
         states,
-        peak(steps, pipeline_rank, stages, message),
+        fullest,
         model_memory.layer_footprint(model, sizes, config.activations.recompute).kept,
         sizes.tokens,
+        host,
     )
 
 
@@ -166,6 +171,8 @@ def table(accounts: Sequence[Account], measured: dict[str, Sequence[int]] | None
     found = [dict(each.rows()) for each in accounts]
     rows = [(name, [held.get(name, 0) for held in found]) for name in names]
     rows += [("sum", [each.total for each in accounts]), *(measured or {}).items()]
+    if any(each.host for each in accounts):
+        rows.append(("beside it on the host", [each.host for each in accounts]))
     lines = [f"{'pipeline rank':22}" + "".join(f"{each.pipeline_rank:>10}" for each in accounts)]
     lines += [f"{name:22}" + "".join(f"{size / 1e9:10.2f}" for size in sizes) + " GB" for name, sizes in rows]
     return [*lines, f"{'fullest in':22}" + "".join(f"{each.fullest:>10}" for each in accounts)]
