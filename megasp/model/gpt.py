@@ -5,7 +5,6 @@ D hidden size, V vocabulary. The residual stream is [S, B, D], sequence first, s
 sequence never moves memory; with sequence parallelism it is [S / T, B, D].
 """
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -85,7 +84,7 @@ class GPTModel(nn.Module):
             self.position_embedding = factory.parameter([piece.with_facts(init_std=config.init_method_std, decay=True)])
         self.embedding_key = site_key(factory.seed, "embedding")
         self.offloaded_layers = offloaded_layers
-        self.copies = copier(state.device) if offloaded_layers else None
+        self.copies = copier(state.device if offloaded_layers else torch.device("cpu"))
         self.groups = recompute.groups(len(layers))
         self.recompute = [recompute if again else Recompute() for group, again in self.groups for _ in group]
         self.layers = nn.ModuleList(
@@ -152,11 +151,9 @@ class GPTModel(nn.Module):
         seen = positions if position_ids is None else position_ids.t()  # [S] or [S, B]
         info = self._tokens(positions, seen, samples, document_starts)
         x = self._embed(tokens, seen, info.keys) if self.embedding is not None else tokens
-        offload = Offload(self.copies) if self.copies is not None and torch.is_grad_enabled() else None
+        offload = Offload(self.copies)
         for group, _ in self.groups:
-            blocks = [self.layers[number] for number in group]
-            away = offload is not None and group.start < self.offloaded_layers
-            with offload.layer(blocks) if offload is not None and away else nullcontext():
+            with offload.layer(self.layers[group.start : group.stop], wanted=group.start < self.offloaded_layers):
                 x = self._run(group, x, info)
         if self.final_norm is None or self.head is None:
             return x

@@ -149,9 +149,12 @@ class Offload:
         self.last: _Layer | None = None
 
     @contextmanager
-    def layer(self, blocks: Iterable[nn.Module]) -> Iterator[None]:
-        """What is saved inside goes to the host, but for the weights of `blocks`; what the layer before saved is let go
-        at the end."""
+    def layer(self, blocks: Iterable[nn.Module], wanted: bool = True) -> Iterator[None]:
+        """Where this is `wanted`, what is saved inside goes to the host, but for the weights of `blocks`; what the layer
+        before saved is let go at the end."""
+        if not wanted or not torch.is_grad_enabled():
+            yield
+            return
         current = _Layer(self.last)
         weights: set[int] = set()
 

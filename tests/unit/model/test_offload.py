@@ -31,7 +31,7 @@ class Watched(offload.PlainCopier):
 
 def gradients(config: ModelConfig, copies: offload.Copier | None = None, **options: Any) -> list[Tensor]:
     model = GPTModel(dataclasses.replace(config, num_layers=4), offloaded_layers=4 if copies else 0, **options)
-    model.copies = copies
+    model.copies = copies or offload.PlainCopier()
     tokens = torch.arange(26).view(2, 13)
     loss = model(tokens, tokens + 1, samples=torch.tensor([3, 4]))
     loss.backward()
