@@ -150,7 +150,7 @@ class Offload:
 
     @contextmanager
     def layer(self, blocks: Iterable[nn.Module], wanted: bool = True) -> Iterator[None]:
-        """Where this is `wanted`, what is saved inside goes to the host, but for the weights of `blocks`; at the end what
+        """Where this is `wanted`, what is saved inside goes to the host, but the weights of `blocks`; at the end what
         the layer before saved is let go."""
         if not wanted or not torch.is_grad_enabled():
             yield
