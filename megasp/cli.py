@@ -24,6 +24,7 @@ COMMANDS = {
     "pretrain": ("megasp.training.pretrain", "train a model (under torchrun: pretrain_gpt.py)"),
     "verify": ("megasp.verify", "show that layouts train exactly as one process does"),
     "schedule": ("megasp.pipeline.show", "draw a pipeline schedule, with its bubble, memory and messages"),
+    "memory": ("megasp.memory", "what each rank will hold in memory, by component"),
     "convert to-hf": ("megasp.checkpoints.convert", "a checkpoint as a Hugging Face model"),
     "generate": ("megasp.generate", "sample text from a checkpoint"),
     "doctor": ("megasp.doctor", "what this machine has, and what is wrong with it"),

@@ -40,7 +40,7 @@ RANGES: dict[str, Range] = {
             "context_parallel_size", "ulysses_size", "ulysses_head_chunks", "ring_size", "micro_batch_size",
             "global_batch_size",
             "train_iters", "train_samples", "eval_interval", "log_interval", "exit_interval", "save_interval",
-            "lr_decay_iters", "lr_wsd_decay_iters",
+            "lr_decay_iters", "lr_wsd_decay_iters", "recompute_num_layers", "cpu_offloading_num_layers", "tiled_mlp",
             "num_distributed_optimizer_instances", "loss_scale_window", "hysteresis",
         ),
         SIZE,

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import PurePath
 
-from megasp.config import stages
+from megasp.config import activation_memory, stages
 from megasp.config.context_parallel import split_context
 from megasp.config.heads import most_chunks
 from megasp.config.kernels import choose_kernel
@@ -36,6 +36,7 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
     _training(config, layout)
     _ignored(config)
     _attention_kernel(config, device)
+    activation_memory.check_device(config, device)
     return layout
 
 
@@ -265,6 +266,7 @@ def _training(config: Config, layout: Layout) -> None:
     if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_iters is None:
         raise ConfigError("--lr-decay-style WSD", "its last phase has a length", "give --lr-wsd-decay-iters")
     _data(config)
+    activation_memory.check(config, layout)
     if config.model.vocab_size is None and config.data.tokenizer_type is None:
         raise ConfigError(
             "no vocabulary", "the model needs its size", "give --tokenizer-type and --tokenizer-model, or --vocab-size"
