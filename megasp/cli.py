@@ -25,6 +25,8 @@ COMMANDS = {
     "verify": ("megasp.verify", "show that layouts train exactly as one process does"),
     "schedule": ("megasp.pipeline.show", "draw a pipeline schedule, with its bubble, memory and messages"),
     "memory": ("megasp.memory", "what each rank will hold in memory, by component"),
+    "plan": ("megasp.planner.plan", "the parallel layout that trains fastest on given GPUs, before renting them"),
+    "calibrate": ("megasp.planner.calibrate", "measure this machine's rates, for megasp plan --gpu FILE"),
     "convert to-hf": ("megasp.checkpoints.convert", "a checkpoint as a Hugging Face model"),
     "generate": ("megasp.generate", "sample text from a checkpoint"),
     "doctor": ("megasp.doctor", "what this machine has, and what is wrong with it"),

@@ -57,13 +57,13 @@ def load(
     argv, notes = translate(argv)
     given = vars(parser.parse_args(argv))
     source = build(Source, given)
-    from_file = read_yaml(Path(source.config), (_PresetKey, *GROUPS.values()), REFUSED) if source.config else {}
+    in_file = from_file(source)
     values = dict(defaults or {})
     if source.model or source.config:  # which say what the model is: a command's own architecture would mix with theirs
         architecture = {field.name for field in dataclasses.fields(ModelConfig)}
         values = {name: value for name, value in values.items() if name not in architecture}
-    preset = source.model or from_file.get("model")
-    values |= (PRESETS[preset] if preset else {}) | from_file | given
+    preset = source.model or in_file.get("model")
+    values |= (PRESETS[preset] if preset else {}) | in_file | given
     if values.get("num_query_groups") and not values.get("group_query_attention"):
         raise ConfigError(
             f"--num-query-groups {values['num_query_groups']} without --group-query-attention",
@@ -71,6 +71,11 @@ def load(
             "add --group-query-attention, or leave out --num-query-groups",
         )
     return from_values(values), source, build(extra, given) if extra else None, notes
+
+
+def from_file(source: Source) -> dict[str, Any]:
+    """Values of the --config file, by field name; none without one."""
+    return read_yaml(Path(source.config), (_PresetKey, *GROUPS.values()), REFUSED) if source.config else {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ use: some 1 to 3 GB.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megasp.config.context_parallel import split_context
@@ -165,11 +165,11 @@ def _stage(config: Config, sizes: Sizes, stage: Stage, growing: int) -> StageByt
     return StageBytes(pieces, [growing * count for count in gradients], model_memory.tables(model, sizes))
 
 
-def table(accounts: Sequence[Account], measured: dict[str, Sequence[int]] | None = None) -> list[str]:
+def table(accounts: Sequence[Account], measured: Mapping[str, Sequence[int]] | None = None) -> list[str]:
     """Accounts for a person, a column each, in GB of 10^9 bytes; `measured` are rows to stand below the sum."""
     names = list(dict.fromkeys(name for each in accounts for name, _ in each.rows()))
     found = [dict(each.rows()) for each in accounts]
-    rows = [(name, [held.get(name, 0) for held in found]) for name in names]
+    rows: list[tuple[str, Sequence[int]]] = [(name, [held.get(name, 0) for held in found]) for name in names]
     rows += [("sum", [each.total for each in accounts]), *(measured or {}).items()]
     if any(each.host for each in accounts):
         rows.append(("beside it on the host", [each.host for each in accounts]))
