@@ -7,7 +7,7 @@ from megasp.config.context_parallel import split_context
 from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.pipeline import PipelinePlan
-from megasp.config.activations.recompute import Recompute
+from megasp.config.recompute import Recompute
 from megasp.config.schema import Config, ModelConfig
 from megasp.config.stages import Stage, split
 from megasp.pipeline.schedules import placement
