@@ -64,7 +64,10 @@ def script(plan: Plan, request: Request, kind: str, preset: str | None, given: M
     if "save" not in given:
         lines.append(f'    --save "${{SAVE:-{_run(plan)}}}" --load "${{SAVE:-{_run(plan)}}}"')
     body = " \\\n".join([*lines, '    "$@"'])
-    said = f"# {plan.layout.describe()}; predicted: {plan.time.seconds:.3g} s a step, {plan.peak / 1e9:.0f} GB a GPU."
+    said = (
+        f"# {plan.layout.describe()}\n# on {request.hardware.name}; `megasp plan` predicts {plan.time.seconds:.3g} s a "
+        f"step and {plan.peak / 1e9:.0f} GB a GPU. Start it in the directory of this repository."
+    )
     return (_slurm if kind == "slurm" else _torchrun)(said, gpus, node, body, _run(plan))
 
 
@@ -91,7 +94,7 @@ def _torchrun(said: str, gpus: int, node: int, body: str, name: str) -> str:
         "--standalone"
         if nodes == 1
         else (
-            f"--nnodes {nodes} --rdzv-backend c10d --rdzv-id {name} "
+            f"--nnodes {nodes} --rdzv-backend c10d --rdzv-id {name} \\\n    "
             '--rdzv-endpoint "${HEAD:?address of the first node}:29500"'
         )
     )
