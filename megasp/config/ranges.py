@@ -39,7 +39,8 @@ RANGES: dict[str, Range] = {
             "vocab_size", "make_vocab_size_divisible_by", "tensor_model_parallel_size", "pipeline_model_parallel_size",
             "context_parallel_size", "ulysses_size", "ring_size", "micro_batch_size", "global_batch_size",
             "train_iters", "train_samples", "eval_interval", "log_interval", "exit_interval", "save_interval",
-            "lr_decay_iters", "lr_wsd_decay_iters",
+            "lr_decay_iters", "lr_wsd_decay_iters", "keep_last", "keep_every",
+            "original_max_position_embeddings",
         ),
         SIZE,
     ),
@@ -52,7 +53,7 @@ RANGES: dict[str, Range] = {
     ),
     **dict.fromkeys(
         (
-            "lr", "rotary_base", "rope_scaling_factor", "distributed_timeout_minutes", "exit_duration_in_mins",
+            "lr", "rotary_base", "distributed_timeout_minutes", "exit_duration_in_mins",
             "peak_tflops",
         ),
         POSITIVE,
@@ -61,6 +62,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("adam_beta1", "adam_beta2"), DECAY),
     "lr_warmup_fraction": Range("between 0 and 1", 0, 1),
     "rotary_percent": SHARE,
+    "rotary_scaling_factor": Range("at least 1", 1),
 }  # fmt: skip
 
 

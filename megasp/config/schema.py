@@ -34,8 +34,15 @@ class ModelConfig:
     )
     rotary_base: float = flag(10000.0, "base of the rotary frequencies")
     rotary_percent: float = flag(1.0, "share of a head's channels that rotate")
-    use_rope_scaling: bool = flag(False, "Llama 3.1's frequency scaling for longer contexts")
-    rope_scaling_factor: float = flag(8.0, "factor of --use-rope-scaling")
+    rotary_scaling: str | None = flag(
+        None,
+        "how rotary frequencies are scaled to a longer context than the model was trained with",
+        choices=("linear", "ntk", "yarn", "llama3"),
+    )
+    rotary_scaling_factor: float | None = flag(None, "new context / trained context; for llama3 8 without it")
+    original_max_position_embeddings: int | None = flag(
+        None, "the context that the model was trained with, for --rotary-scaling yarn, and llama3 (8192 without it)"
+    )
     normalization: str = flag("LayerNorm", "kind of norm", choices=("LayerNorm", "RMSNorm"))
     norm_epsilon: float = flag(1e-5, "added to the variance in norms")
     swiglu: bool = flag(False, "gated MLP with SiLU")
@@ -78,6 +85,22 @@ class ModelConfig:
         assert self.vocab_size is not None, "vocab_size is not known yet"
         multiple = self.make_vocab_size_divisible_by
         return -(-self.vocab_size // multiple) * multiple
+
+    @property
+    def rotary_factor(self) -> float:
+        """Factor of `rotary_scaling`; Llama 3.1's where none is given."""
+        return self.rotary_scaling_factor or (8.0 if self.rotary_scaling == "llama3" else 1.0)
+
+    @property
+    def rotary_original_context(self) -> int:
+        """Positions that the model was trained with before its frequencies were scaled; Llama 3's without another."""
+        return self.original_max_position_embeddings or 8192
+
+    @property
+    def ntk_base(self) -> float:
+        """The base of the rotary frequencies that `rotary_scaling` "ntk" means."""
+        channels = int(self.head_dim * self.rotary_percent) // 2 * 2
+        return float(self.rotary_base * self.rotary_factor ** (channels / (channels - 2)))
 
     @property
     def qkv_bias(self) -> bool:
@@ -232,6 +255,25 @@ class CheckpointConfig:
     save_interval: int | None = flag(None, "steps between checkpoints; at the end only without it")
     load: str | None = flag(
         None, "directory to resume from; without a checkpoint in it training starts anew", metavar="DIR"
+    )
+    async_save: bool = flag(
+        False, "write checkpoints in the background, from a copy in host memory that is made beside the next step"
+    )
+    keep_last: int | None = flag(None, "checkpoints to keep, the newest ones; all without it")
+    keep_every: int | None = flag(
+        None, "keep those whose step is a multiple of it, too; alone, these and the newest", metavar="STEPS"
+    )
+    exit_on_save_error: bool = flag(
+        False, "stop when a checkpoint cannot be written; without it training goes on, and tries again at the next"
+    )
+    load_strict: bool = flag(
+        False, "refuse --load where the newest checkpoint is damaged or unfinished, instead of taking the one before"
+    )
+    load_hf: str | None = flag(
+        None,
+        "Hugging Face model to begin with, where --load has no checkpoint: its weights, and its architecture as "
+        "defaults of the model's flags",
+        metavar="DIR",
     )
     no_save_optim: bool = flag(False, "leave the optimizer's state out of checkpoints")
     no_load_optim: bool = flag(False, "resume with a fresh optimizer")

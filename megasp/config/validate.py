@@ -66,8 +66,7 @@ def _model(config: Config) -> None:
             "at least two channels must rotate",
             "use a larger head or share",
         )
-    if model.use_rope_scaling and model.position_embedding_type != "rope":
-        raise ConfigError("--use-rope-scaling", "it scales rotary frequencies", "add --position-embedding-type rope")
+    _rotary_scaling(config)
     if model.swiglu and model.squared_relu:
         raise ConfigError("--swiglu and --squared-relu", "an MLP has one activation", "leave one out")
     if model.attention_sinks and model.window_size is None:
@@ -87,6 +86,28 @@ def _model(config: Config) -> None:
             "learned positions must cover the sequence",
             f"use --max-position-embeddings {config.training.seq_length}",
         )
+
+
+def _rotary_scaling(config: Config) -> None:
+    model = config.model
+    if model.rotary_scaling is None:
+        return
+    got = f"--rotary-scaling {model.rotary_scaling}"
+    if model.position_embedding_type != "rope":
+        raise ConfigError(got, "it scales rotary frequencies", "add --position-embedding-type rope")
+    if model.rotary_scaling != "llama3" and model.rotary_scaling_factor is None:
+        fix = "give --rotary-scaling-factor, such as 4 for four times the context"
+        raise ConfigError(got, "it scales by a factor", fix)
+    original = model.original_max_position_embeddings
+    if model.rotary_scaling == "yarn" and original is None:
+        rule = "which frequencies it scales depends on the context that the model was trained with"
+        raise ConfigError(got, rule, "give --original-max-position-embeddings")
+    if model.rotary_scaling in ("linear", "ntk") and original is not None:
+        rule = "it scales by the factor alone"
+        raise ConfigError(f"{got} with --original-max-position-embeddings {original}", rule, "leave the latter out")
+    if model.rotary_scaling == "ntk" and int(model.head_dim * model.rotary_percent) < 4:
+        got = f"{got} of {int(model.head_dim * model.rotary_percent)} channels"
+        raise ConfigError(got, "it keeps the first frequency and scales the others", "use a larger head")
 
 
 def _layout(config: Config, world_size: int) -> Layout:
@@ -252,7 +273,14 @@ NEEDED = {
     "no_load_optim": ("load", None),
     "no_load_rng": ("load", None),
     "start_new_epoch": ("load", None),
+    "load_strict": ("load", None),
     "no_save_optim": ("save", None),
+    "async_save": ("save", None),
+    "keep_last": ("save", None),
+    "keep_every": ("save", None),
+    "exit_on_save_error": ("save", None),
+    "rotary_scaling_factor": ("rotary_scaling", None),
+    "original_max_position_embeddings": ("rotary_scaling", None),
     "tokenizer_model": ("tokenizer_type", None),
     "vocab_file": ("tokenizer_type", None),
     "merge_file": ("tokenizer_type", None),
