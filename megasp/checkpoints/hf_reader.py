@@ -64,6 +64,7 @@ def read_hugging_face(directory: Path | str, model: ModelConfig | None = None) -
             f"{directory} has a tensor {extra[0]}", rule, "only models of the plain architecture convert"
         )
     metadata = {"config": {"model": dataclasses.asdict(theirs)}, "source": str(directory), "has_optimizer": False}
+    metadata["model_type"] = family.model_type
     return Manifest(0, family.architecture, metadata, _padded(found, theirs.padded_vocab_size), files)
 
 

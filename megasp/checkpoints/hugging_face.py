@@ -40,6 +40,7 @@ from megasp.checkpoints.safetensors_file import DTYPE_NAMES, Entry, StoredFile
 from megasp.checkpoints.safetensors_file import DTYPES as STORED_DTYPES
 from megasp.config.flags import build
 from megasp.config.hf_config import family_of, write
+from megasp.config.hf_families import FAMILIES
 from megasp.config.schema import Config, DataConfig, ModelConfig
 from megasp.errors import CheckpointError
 from megasp.parameters import Box
@@ -56,6 +57,7 @@ def to_hf(
     dtype: str | None = None,
     tokenizer_model: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    model_type: str | None = None,
 ) -> Path:
     """Write the model of a checkpoint as a directory that `AutoModelForCausalLM.from_pretrained` loads.
 
@@ -66,6 +68,8 @@ def to_hf(
         dtype: "bf16" or "fp32"; the compute dtype of the run without it.
         tokenizer_model: tokenizer.json or its directory; the one that the run named without it.
         shard_bytes: largest file of weights.
+        model_type: of the family to write; without it that of the model it was converted from, else the first that can
+            say it.
     Returns:
         The output directory.
     Raises:
@@ -79,7 +83,10 @@ def to_hf(
         raise CheckpointError(f"{reader.directory} does not say what model it is", rule, "save it by `megasp pretrain`")
     config = reader.manifest.metadata["config"]
     length = _positions(model, config.get("training", {}).get("seq_length") or 0)
-    family, said = family_of(model, length)
+    came_from = reader.manifest.metadata.get("model_type")
+    families = sorted(FAMILIES, key=lambda family: family.model_type != came_from)  # stable
+    asked = [family for family in families if family.model_type == model_type]
+    family, said = family_of(model, length, asked or families)
     torch_dtype = DTYPES[dtype or ("bf16" if config.get("training", {}).get("bf16") else "fp32")]
     names = (name for name in reader.manifest.tensors if name.startswith("model/"))
     stacked = stack(family, {name.removeprefix("model/"): reader.manifest.tensors[name].shape for name in names})
@@ -140,7 +147,7 @@ def from_hf(source: Path | str, save: Path | str, dtype: str | None = None, shar
         bf16 = all(entry.dtype == torch.bfloat16 for entry in entries)
         length = _positions(model, 0)
         config = replace(config, training=replace(config.training, bf16=bf16, seq_length=length))
-        metadata = {"config": asdict(config), "source": str(source), "has_optimizer": False}
+        metadata = manifest.metadata | {"config": asdict(config)}
         boxes = {key: file for file, (keys, _) in written.items() for key in keys}
         tensors = {
             e.key: StoredTensor(DTYPE_NAMES[e.dtype], e.shape, (StoredBox(_whole(e.shape), boxes[e.key], e.key),))

@@ -170,7 +170,7 @@ def check_writable(root: Path | str) -> None:
 def _start(root: Path, partial: Path) -> None:
     """Make the directory to write in; what killed saves left is removed: there is never more than one at work."""
     for left in (*root.glob(".step_*.partial"), *root.glob(".step_*.removed")):
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
 
 
@@ -212,7 +212,7 @@ def _remove_old(root: Path, saved: int, retention: Retention) -> None:
                 directory.rename(hidden)  # at once: what is half removed must not look like a checkpoint
                 shutil.rmtree(hidden)
             except OSError as error:
-                log.warning(f"{directory} cannot be removed ({error.strerror}): it stays")
+                log.warning(f"{directory} cannot be removed ({error.strerror}): some of it stays")
 
 
 def _write_text(path: Path, text: str) -> None:

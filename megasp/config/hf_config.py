@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +157,10 @@ def _write_rotary(model: ModelConfig) -> dict[str, Any]:
     return {"rope_parameters": rope, "rope_theta": model.rotary_base, "rope_scaling": scaling}
 
 
-def family_of(model: ModelConfig, max_positions: int) -> tuple[Family, ModelConfig]:
-    """The family that can say all of a model, and the model as it says it.
+def family_of(
+    model: ModelConfig, max_positions: int, families: Sequence[Family] = FAMILIES
+) -> tuple[Family, ModelConfig]:
+    """The first of some families that can say all of a model, and the model as it says it.
 
     A family can if reading what it writes gives the same model.
 
@@ -166,14 +168,12 @@ def family_of(model: ModelConfig, max_positions: int) -> tuple[Family, ModelConf
         CheckpointError: none can; names what the nearest one has instead.
     """
     model = _plain(model)
-    missed = {}
-    for family in FAMILIES:
-        misses = list(_misses(family, model, max_positions))
+    missed = [list(_misses(family, model, max_positions)) for family in families]
+    for family, misses in zip(families, missed, strict=True):
         if not misses:
             return family, model
-        missed[family] = misses
-    nearest = min(FAMILIES, key=lambda family: len(missed[family]))
-    name, there = missed[nearest][0]
+    fewest, nearest = min(zip(missed, families, strict=True), key=lambda pair: len(pair[0]))
+    name, there = fewest[0]
     raise CheckpointError(
         f"the checkpoint's model has {name.replace('_', '-')} {getattr(model, name)}",
         f"the nearest of Hugging Face's architectures that megasp writes, {nearest.architecture}, has {there}",

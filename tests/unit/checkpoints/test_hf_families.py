@@ -69,6 +69,11 @@ def test_round_trip(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     different = {key for key in own if config.get(key) != own[key]} - {*ids}
     assert different <= {"attention_bias", "mlp_bias"}, {key: (own[key], config.get(key)) for key in different}
     model, _, step = load_model(str(tmp_path / "ckpt"))
+    if name == "mistral-full":  # which is a Llama
+        other = to_hf(tmp_path / "ckpt", tmp_path / "other", model_type="llama")
+        assert json.loads((other / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+        with pytest.raises(CheckpointError, match=r"has kv-heads 2: .*GPT2LMHeadModel, has 4"):
+            to_hf(tmp_path / "ckpt", tmp_path / "gpt2", model_type="gpt2")
     assert step == 0 and next(model.parameters()).dtype == torch.float32
 
 
@@ -207,7 +212,7 @@ BAD = {
         r"model.embed_tokens.weight in .* is \[64, 32\]: by config.json .* \[64, 64\]",
     ),
     "truncated": (_truncated, r"model.safetensors cannot be read: it must be whole safetensors"),
-    "pickle": (_pickled, r"has neither model.safetensors nor .* as .bin files are pickles"),
+    "pickle": (_pickled, r"has neither model.safetensors nor .*: .bin files are pickles"),
     "symlink": (_symlink, r"model.safetensors is .*elsewhere: a model's files must be inside its directory"),
     "path": (_index("../hf2/model.safetensors"), r"a model's files must be inside its directory"),
     "absolute": (_index("/etc/passwd"), r"a model's files must be inside its directory"),
