@@ -4,8 +4,7 @@
     python -m benchmarks.pipeline --predict [--sequence 1024]        # the simulator's step time, and the measured one
     python -m benchmarks.pipeline --replay                           # the same on 4 and 8 ranks that sleep
 
-All train from the same weights on the same batches in turns (see contest.py). Losses of every step must agree to 1e-3:
-with few tokens a step Adam makes visible updates of the rounding in the gradients of rare tokens.
+All train from the same weights on the same batches in turns (see contest.py). Losses of every step must agree to 1e-4.
 One process has two threads, two ranks one each, so the machine is the same. The head's work makes the stages unequal;
 megatron-core splits 4 + 4 layers, megasp by work.
 
@@ -86,7 +85,7 @@ def contest(sequence: int, batch: int, rounds: int, schedules: Sequence[str]) ->
 
 def same_loss(losses: Mapping[str, float]) -> None:
     """Raise where a contestant's loss of a step is another than megasp's."""
-    assert max(losses.values()) - min(losses.values()) <= 1e-3, losses
+    assert max(losses.values()) - min(losses.values()) <= 1e-4, losses
 
 
 def predict(sequence: int, batch: int, steps: int) -> None:

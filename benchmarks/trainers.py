@@ -1,7 +1,7 @@
 """Training steps of megasp and of its peers on the same work: each `make_*` builds a trainer in the calling process and
 returns `step(index) -> loss`, the mean loss of the batch of that number before the weights move.
 
-A step is all that a run does for a batch: forward, backward, reduction, clipping at norm 1, AdamW on fp32 weights
+A step is all that a run does for a batch: forward, backward, reduction, clipping, AdamW on fp32 weights
 (matrices decay, norms do not). bf16 means bf16 matrix products with fp32 master weights, in each framework's own way:
 bf16 weights beside fp32 masters (megasp, megatron-core), or fp32 weights under autocast (transformers).
 """

@@ -1,4 +1,4 @@
-"""Ulysses attention on gloo ranks: bytes and messages counted, time beside DeepSpeed's.
+"""Ulysses attention on gloo ranks: bytes and exchanges counted, time beside DeepSpeed's.
 
     python -m benchmarks.ulysses [--ranks 2 4] [--kv-heads 16 4]
 
@@ -7,7 +7,7 @@ place of attention, which leaves collectives and layout copies; `layer` has PyTo
 
 Exact: what megasp sends must equal the closed form, per rank, forward + backward, r copies of each kv head:
 
-    2 (P - 1) / P x c b (2 dq + 2 r dkv) B bytes in 4 messages
+    2 (P - 1) / P x c b (2 dq + 2 r dkv) B bytes in 4 exchanges
 
 Peers: deepspeed.sequence.layer.DistributedAttention, and UlyssesSPAttentionHF, which alone takes fewer kv heads than
 ranks. Their bytes are counted by the same rule around torch.distributed's functions. Everyone first shows, on a short
@@ -38,7 +38,7 @@ from megasp.sequence_parallel import UlyssesAttention, attend
 
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 Sent = tuple[int, int]
-"""Messages and bytes that left a rank in one forward and backward."""
+"""Exchanges of all ranks with all (whatever each takes underneath), and bytes that left a rank in one call."""
 
 
 @dataclass(frozen=True)
@@ -274,9 +274,9 @@ def main() -> None:
                 print(f"## Ulysses, {mode}, {ranks} ranks, 16 heads, {kv_heads} kv heads, s {args.sequence}, fp32\n")
                 print(table(outcomes), "\n")
                 for outcome in outcomes:
-                    messages, sent = outcome.results[-1]
-                    share = ratio(outcomes[0], outcome).text()
-                    print(f"- {outcome.contestant.name}: {messages} messages, {sent:,} bytes; ours / its time {share}")
+                    exchanges, sent = outcome.results[-1]
+                    name, share = outcome.contestant.name, ratio(outcomes[0], outcome).text()
+                    print(f"- {name}: {exchanges} exchanges, {sent:,} bytes; ours / its time {share}")
                 print("- megasp's equal the closed form\n", flush=True)
                 sent_by = {outcome.contestant.name: outcome.results[-1] for outcome in outcomes}
                 case_line = {"mode": mode, "ranks": ranks, "kv_heads": kv_heads, "sequence": args.sequence}

@@ -31,6 +31,10 @@ class Pending:
     def __init__(self, result: Tensor, work: Any = None, finish: Callable[[Tensor], Tensor] | None = None) -> None:
         self._result, self._work, self._finish = result, work, finish
 
+    def done(self) -> bool:
+        """Whether it is known to have ended. (Gloo tells of no send that it is done before one waits for it.)"""
+        return self._work is None or self._work.is_completed()
+
     def wait(self) -> Tensor:
         if self._work is not None:
             self._work.wait()

@@ -20,12 +20,12 @@ from megasp import log
 GIB = 2**30
 PACKAGES = {
     "flash-attn": "attention kernels",
-    "transformer-engine": "attention and fp8 kernels",
-    "apex": "norm and optimizer kernels",
+    "transformer-engine": "not used by this version",
+    "apex": "not used by this version",
     "transformers": "checks of exported models",
     "deepspeed": "a peer in benchmarks",
 }
-"""Optional packages and what megasp can use them for."""
+"""Optional packages and what megasp uses them for."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,11 @@ class Piece:
     decay: bool = True
 
     def with_replicas(self, replica: int, replicas: int, partial: bool) -> "Piece":
-        """The same piece, held by `replicas` ranks of which this is number `replica`."""
+        """The same piece, held by `replicas` neighbouring ranks of which this is number `replica`.
+
+        Args:
+            partial: each of them knows only a part of its gradient.
+        """
         return replace(self, replica=replica, replicas=replicas, partial=partial and replicas > 1)
 
     def with_facts(self, **facts: float | bool) -> "Piece":

@@ -20,8 +20,9 @@ def initialize_distributed(backend: str | None = None, timeout_minutes: float = 
     Returns:
         This rank's device.
     """
+    _check_launcher()
     use_cuda = torch.cuda.is_available() and backend != "gloo"
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
+    device = torch.device("cuda", _gpu()) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
     elif backend == "nccl":
@@ -37,6 +38,29 @@ def initialize_distributed(backend: str | None = None, timeout_minutes: float = 
         use_loopback()
     dist.init_process_group(backend, timeout=timeout, device_id=device if use_cuda else None)
     return device
+
+
+def _check_launcher() -> None:
+    """Refuse several processes that do not know of each other: each would train alone and write the same files."""
+    for launcher, size in (("srun", "SLURM_NTASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE")):
+        processes = int(os.environ.get(size, "1"))
+        started = {"srun": "SLURM_STEP_ID", "mpirun": size}[launcher] in os.environ  # not merely inside an allocation
+        if processes > 1 and started and "RANK" not in os.environ:
+            raise ConfigError(
+                f"{processes} processes of {launcher} without RANK",
+                "ranks find each other by the variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT",
+                f"let {launcher} start one torchrun on each node (examples/ has scripts), or export these variables",
+            )
+
+
+def _gpu() -> int:
+    """This rank's GPU on its node."""
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count:
+        raise ConfigError(
+            f"local rank {index} on a node with {count} GPUs", "each rank needs its own", f"start {count} ranks a node"
+        )
+    return index
 
 
 def use_loopback() -> None:

@@ -12,7 +12,7 @@ from megasp.config.context_parallel import split_context
 from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.ranges import check_ranges
-from megasp.config.schema import Config
+from megasp.config.schema import Config, DataConfig
 from megasp.errors import ConfigError
 
 
@@ -257,6 +257,9 @@ def _data(config: Config) -> None:
     if data.train_data_path and config.training.eval_iters and not data.valid_data_path:
         rule = "evaluation needs a validation set"
         raise ConfigError("--train-data-path", rule, "add --valid-data-path, or --eval-iters 0")
+    if data.train_data_path and data.split != DataConfig().split:
+        rule = "it divides --data-path; --train-data-path is all for training"
+        raise ConfigError(f"--split {data.split} with --train-data-path", rule, "leave --split out")
     if data.multiple_validation_sets:
         names = [PurePath(prefix).name for prefix in data.valid_data_path]
         if not names or len({*names, "test"}) <= len(names):

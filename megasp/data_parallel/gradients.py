@@ -1,39 +1,63 @@
 """What happens to gradients between the last backward and the optimizer: sums over tensor-parallel replicas, and the
 global norm, in which every element of every canonical tensor counts once. Both read nothing but pieces."""
 
-import math
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from megasp.collectives import all_reduce_
+from megasp.collectives import all_reduce_, start_exchange
 from megasp.parallel_state import Axis
-from megasp.parameters import Box, Piece, placed
+from megasp.parameters import Piece, placed
+
+BUCKET_BYTES = 64 * 2**20
+"""Most that travels at a time."""
 
 
 def sum_partial_(parameters: Sequence[nn.Parameter], axis: Axis) -> None:
     """Sum the gradients of pieces that several tensor-parallel ranks hold and each knows only in part, in place.
 
-    These are small (norm weights and biases under sequence parallelism, kv heads fewer than ranks), so they travel in
-    one all-reduce per dtype. A piece that only some ranks share (a kv head) has its place in a buffer of the whole
-    canonical tensor, zeros elsewhere.
+    Norm weights and biases under sequence parallelism are held by all ranks of the axis; the weights of a kv head,
+    where there are fewer of them than ranks, by some neighbours.
     """
     partial = [(view, piece) for p in parameters for view, piece in _views(p) if piece.partial]
-    for dtype in sorted({view.dtype for view, _ in partial}, key=str):
-        items = [(view, piece) for view, piece in partial if view.dtype == dtype]
-        sizes = [math.prod(_shared_box(piece, axis).size) for _, piece in items]
-        buffer = torch.zeros(sum(sizes), dtype=dtype, device=items[0][0].device)
-        places = [
-            flat.view(shared.size)[piece.box.relative_to(shared.start).slices]
-            for (_, piece), flat in zip(items, buffer.split(sizes), strict=True)
-            for shared in [_shared_box(piece, axis)]
-        ]
-        for (view, _), place in zip(items, places, strict=True):
-            place.copy_(view)
-        all_reduce_(buffer, axis)
-        for (view, _), place in zip(items, places, strict=True):
-            view.copy_(place)
+    for (replicas, _), items in itertools.groupby(sorted(partial, key=_kind), _kind):
+        views = [view for view, _ in items]
+        first = axis.rank // replicas * replicas
+        peers = [rank for rank in range(first, first + replicas) if rank != axis.rank]
+        for bucket in _buckets(views):
+            flat = torch.cat([view.flatten() for view in bucket])
+            total = all_reduce_(flat, axis) if replicas == axis.size else _sum_over(flat, peers, axis)
+            for view, part in zip(bucket, total.split([view.numel() for view in bucket]), strict=True):
+                view.copy_(part.view_as(view))
+
+
+def _kind(item: tuple[Tensor, Piece]) -> tuple[int, str]:
+    """What must be equal of gradients that travel together: the number of ranks and the dtype."""
+    view, piece = item
+    return piece.replicas, str(view.dtype)
+
+
+def _buckets(views: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of views that hold at most `BUCKET_BYTES`, or one that holds more."""
+    bucket: list[Tensor] = []
+    for view in views:
+        if bucket and sum(other.nbytes for other in bucket) + view.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket = []
+        bucket.append(view)
+    yield bucket
+
+
+def _sum_over(x: Tensor, peers: Sequence[int], axis: Axis) -> Tensor:
+    """The sum over this rank and its peers on the axis, added in the order of ranks, so the same on each."""
+    parts = {rank: torch.empty_like(x) for rank in peers}
+    start_exchange([(x, rank) for rank in peers], [(part, rank) for rank, part in parts.items()], axis).wait()
+    first, *others = (part for _, part in sorted((parts | {axis.rank: x}).items()))
+    for part in others:
+        first = first + part
+    return first
 
 
 def sum_tied_(copies: Sequence[nn.Parameter], ends: Axis) -> None:
@@ -49,11 +73,6 @@ def sum_tied_(copies: Sequence[nn.Parameter], ends: Axis) -> None:
         grads[1].copy_(grads[0])
     elif grads:
         all_reduce_(grads[0], ends)
-
-
-def _shared_box(piece: Piece, axis: Axis) -> Box:
-    """What the ranks of the axis hold together: this very box, or the whole tensor where only some share it."""
-    return piece.box if piece.replicas == axis.size else Box((0,) * len(piece.shape), piece.shape)
 
 
 def _views(parameter: nn.Parameter) -> list[tuple[Tensor, Piece]]:

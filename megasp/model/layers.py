@@ -156,6 +156,9 @@ class RowParallelLinear(_ParallelLinear):
         sequence_parallel: the output is this rank's [S / T, B, D].
 
     Forward: [S, B, in_features / T] -> [S, B, D], or [S / T, B, D] with sequence parallelism.
+
+    Example:
+        RowParallelLinear(32, 16)(torch.randn(4, 1, 32)).shape == (4, 1, 16)
     """
 
     def __init__(
@@ -197,6 +200,9 @@ class VocabParallelEmbedding(nn.Module):
         copy: which of two copies this is, where first and last pipeline stage are apart and share it; else None.
 
     Forward: token ids int64 [S, B] -> [S, B, D], or [S / T, B, D] with sequence parallelism.
+
+    Example:
+        VocabParallelEmbedding(1024, 16)(torch.randint(1024, (4, 1))).shape == (4, 1, 16)
     """
 
     def __init__(

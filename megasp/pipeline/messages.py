@@ -52,8 +52,7 @@ class Messages:
         return message
 
     def _release(self, peer: int, progress: int) -> None:
-        """Let go of what `peer` has used: its message tells how far it is in its row. (Gloo tells of no send that it is
-        done before one waits for it.)"""
+        """Let go of what `peer` has used: its message tells how far it is in its row."""
         sending = self._sending.get(peer) or deque()
         while sending and sending[0][0] <= progress:
             sending.popleft()[1].wait()
@@ -66,7 +65,10 @@ class Messages:
         if edge[0] == edge[1]:
             self._arriving[wanted] = Pending(result)
             return
-        self._sending[edge[1]].append((self.schedule.place[wanted], start_send(result, self.state.links[edge])))
+        sending = self._sending[edge[1]]
+        while sending and sending[0][1].done():  # an evaluation's receivers send nothing back that would tell
+            sending.popleft()
+        sending.append((self.schedule.place[wanted], start_send(result, self.state.links[edge])))
 
     def finish(self) -> None:
         """Wait until all that was sent has left."""

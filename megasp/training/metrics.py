@@ -37,7 +37,7 @@ class Run:
         flops_per_token: see `megasp.model.flops`.
         peak_tflops: of one device; None if unknown.
         train_steps: steps of the whole run.
-        start_step: finished steps, and `start_tokens` trained ones, of the checkpoint that the run resumes from.
+        start_step: finished steps of the checkpoint that the run resumes from.
     """
 
     layout: str
@@ -47,7 +47,6 @@ class Run:
     peak_tflops: float | None
     train_steps: int
     start_step: int = 0
-    start_tokens: int = 0
 
 
 class Metrics:
@@ -57,7 +56,7 @@ class Metrics:
     and losses as that of an unbroken one (and a run that starts anew starts the file anew).
 
         with Metrics(run, file=Path("ckpt/metrics.jsonl"), log_interval=10) as metrics:
-            metrics.step(1, loss=9.1, grad_norm=1.3, lr=1e-4, tokens=4096, seconds=0.3)
+            metrics.step(1, loss=9.1, grad_norm=1.3, lr=1e-4, tokens=4096, read=4096, seconds=0.3)
             metrics.validation(1, loss=9.2)
 
     Args:
@@ -70,7 +69,6 @@ class Metrics:
         self, run: Run, *, file: Path | None = None, tensorboard_dir: Path | None = None, log_interval: int = 100
     ) -> None:
         self._run, self._log_interval, self._speaks = run, log_interval, log.rank() == 0
-        self._tokens = run.start_tokens
         self._since_line = (0, 0.0, 0)  # steps, seconds, tokens since the last console line
         self._file: IO[str] | None = None
         self._board: Any = None
@@ -84,19 +82,21 @@ class Metrics:
             # purge_step hides the events of an earlier attempt, as above.
             self._board = SummaryWriter(str(tensorboard_dir), purge_step=run.start_step + 1)
 
-    def step(self, step: int, *, loss: float, grad_norm: float | None, lr: float, tokens: int, seconds: float) -> None:
+    def step(
+        self, step: int, *, loss: float, grad_norm: float | None, lr: float, tokens: int, read: int, seconds: float
+    ) -> None:
         """Record a finished step.
 
         Args:
             step: finished steps, this one included.
             lr: the rate that this step used.
-            tokens: trained since the beginning, this step's included.
+            tokens: trained since the beginning, this step's included; masked targets do not count.
+            read: tokens that went through the model in this step, from which speed is counted.
             seconds: what the step took.
         """
         if not self._speaks:
             return
-        step_tokens, self._tokens = tokens - self._tokens, tokens
-        tokens_per_s, tflops = self._speed(step_tokens, seconds)
+        tokens_per_s, tflops = self._speed(read, seconds)
         record = {
             "step": step,
             "loss": loss,
@@ -122,7 +122,7 @@ class Metrics:
             },
         )
         steps, past_seconds, past_tokens = self._since_line
-        self._since_line = (steps + 1, past_seconds + seconds, past_tokens + step_tokens)
+        self._since_line = (steps + 1, past_seconds + seconds, past_tokens + read)
         if step % self._log_interval == 0 or step in (self._run.start_step + 1, self._run.train_steps):
             log.info(self._line(record))
             self._since_line = (0, 0.0, 0)

@@ -85,7 +85,6 @@ def pretrain(training: Training) -> Progress:
         peak_tflops=config.logging.peak_tflops or peak_tflops(state.device, next(training.model.parameters()).dtype),
         train_steps=train_steps,
         start_step=start.step,
-        start_tokens=start.tokens,
     )
     loader = build_loader(config, state, training.shard_map, datasets.train, start.samples)
     metrics = Metrics(
@@ -128,8 +127,9 @@ class _Loop:
             began = time.perf_counter()
             microbatches = self.loader.step()
             communication.reset(self.training)
-            with trace.recording(self.training.pipeline, self._trace_file(progress.step - start)):
+            with trace.recording(self.training.pipeline, self._trace_file(progress.step - start, train_steps - start)):
                 result = train_step(self.training, microbatches, lr)
+            samples = self.loader.consumed_samples - progress.samples
             progress = Progress(progress.step + 1, self.loader.consumed_samples, progress.tokens + result.tokens)
             self.metrics.step(
                 progress.step,
@@ -137,6 +137,7 @@ class _Loop:
                 grad_norm=result.grad_norm,
                 lr=lr,
                 tokens=progress.tokens,
+                read=samples * config.training.seq_length,
                 seconds=time.perf_counter() - began,
             )
             if config.logging.log_comm and (progress.step == 1 or progress.step % config.logging.log_interval == 0):
@@ -157,9 +158,9 @@ class _Loop:
         _say_what_next(config, progress, train_steps)
         return progress
 
-    def _trace_file(self, step: int) -> str | None:
-        """Where --trace writes what happens in step number `step` of this run: the first one warms up."""
-        return self.training.config.logging.trace if step == 1 else None
+    def _trace_file(self, step: int, steps: int) -> str | None:
+        """Where --trace writes what happens in step number `step` of this run: its second, as the first warms up."""
+        return self.training.config.logging.trace if step == min(1, steps - 1) else None
 
     def _check_finite(self, progress: Progress, result: StepResult) -> None:
         """Tell of a step whose gradient was NaN or infinite (it was not applied), and end a run of many such."""

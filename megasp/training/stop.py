@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+_PROGRAM_START = time.monotonic()  # near enough: before data and model are built
 _INTERVAL, _DURATION, _SIGNAL, _SAVE = 1, 2, 3, 1000  # a signal's code is _SIGNAL plus its number
 
 
@@ -29,7 +30,7 @@ class StopConditions:
 
     Args:
         exit_interval: stop when the number of finished steps is a multiple of it.
-        exit_duration_in_mins: stop when so many minutes have passed since this object was made.
+        exit_duration_in_mins: stop when so many minutes have passed since the program started.
         device: where ranks compare, "cuda" with NCCL.
     """
 
@@ -43,7 +44,6 @@ class StopConditions:
         device: torch.device | str = "cpu",
     ) -> None:
         self._exit_interval, self._minutes, self._device = exit_interval, exit_duration_in_mins, device
-        self._start = time.monotonic()
         self._received = 0
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -89,6 +89,6 @@ class StopConditions:
         """What this rank sees."""
         if self._received:
             return _SIGNAL + self._received
-        if self._minutes is not None and time.monotonic() - self._start > self._minutes * 60:
+        if self._minutes is not None and time.monotonic() - _PROGRAM_START > self._minutes * 60:
             return _DURATION
         return _INTERVAL if self._exit_interval and step % self._exit_interval == 0 else 0

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from megasp import parallel_state
 from megasp.config.layout import Layout
 from megasp.data_parallel import Replicas, clip_, global_norm, replicas, sum_partial_
+from megasp.data_parallel import gradients as gradients_module
 from megasp.model import ColumnParallelLinear, Factory, GPTModel, RowParallelLinear
 from megasp.model.norm import Norm
 from megasp.parallel_state import ParallelState
@@ -132,6 +133,29 @@ def _partial(sequence_parallel: bool) -> None:
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 def test_partial_gradients(sequence_parallel: bool) -> None:
     run_ranks(_partial, 4, sequence_parallel)
+
+
+def _shared_heads() -> None:
+    """Two kv heads on four ranks: each head's gradient is summed over its two ranks, and goes nowhere else."""
+    axis = build("tp4").tp
+    layer = ColumnParallelLinear(
+        D, {"q": 16, "k": 8}, axis, bias=False, replicas={"k": 2}, factory=Factory(dtype=torch.float64)
+    )
+    other = torch.nn.Parameter(layer.weight.detach().clone())
+    other.pieces = layer.weight.pieces  # type: ignore[attr-defined]
+    for p in (layer.weight, other):
+        p.grad = torch.full_like(p, 10.0**axis.rank)
+    gradients_module.BUCKET_BYTES = 4 * D * 8  # one weight's k at a time
+    sum_partial_([layer.weight, other], axis)
+    for p in (layer.weight, other):
+        assert p.grad is not None
+        assert (p.grad[:4] == 10.0**axis.rank).all(), "q is this rank's alone"
+        assert (p.grad[4:] == (11 if axis.rank < 2 else 1100)).all()
+    assert (axis.traffic.calls, axis.traffic.bytes_sent) == ({"send": 2}, {"send": 2 * 4 * D * 8})
+
+
+def test_partial_gradients_of_shared_heads() -> None:
+    run_ranks(_shared_heads, 4)
 
 
 def _model_gradients(layout: str, sequence_parallel: bool, options: dict[str, Any]) -> tuple[float, float]:

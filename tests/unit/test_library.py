@@ -40,11 +40,15 @@ def example(thing: Any, after: str = r"\s+Example:") -> list[str]:
 NAMES: dict[str, Any] = {
     "torch": torch, "attend": attend, "state": ParallelState.single(), "ModelConfig": ModelConfig,
     "GPTModel": GPTModel, "ColumnParallelLinear": ColumnParallelLinear, "UlyssesAttention": UlyssesAttention,
+    "RowParallelLinear": RowParallelLinear, "VocabParallelEmbedding": VocabParallelEmbedding,
     "q": torch.randn(4, 1, 4, 8), "k": torch.randn(4, 1, 2, 8), "v": torch.randn(4, 1, 2, 8),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("thing", [GPTModel, ColumnParallelLinear, UlyssesAttention], ids=lambda t: t.__name__)
+SHOWN = [GPTModel, ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, UlyssesAttention]
+
+
+@pytest.mark.parametrize("thing", SHOWN, ids=lambda t: t.__name__)
 def test_docstring_examples_run(thing: Any) -> None:
     code = example(thing)
     names = dict(NAMES)

@@ -138,3 +138,25 @@ def test_traffic() -> None:
     traffic.reset()
     assert (traffic.total_calls, traffic.total_bytes) == (0, 0)
     assert Axis("a").traffic is not Axis("a").traffic, "every axis counts for itself"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "variables"),
+    [("srun", {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8"}), ("mpirun", {"OMPI_COMM_WORLD_SIZE": "8"})],
+)
+def test_processes_that_do_not_know_of_each_other(
+    monkeypatch: pytest.MonkeyPatch, launcher: str, variables: dict[str, str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"8 processes of {launcher} without RANK.*torchrun"):
+        parallel_state.initialize_distributed("gloo")
+
+
+def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_group.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(process_group.torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ConfigError, match="local rank 4 on a node with 4 GPUs"):
+        parallel_state.initialize_distributed()

@@ -25,7 +25,7 @@ def run(**changes: Any) -> Run:
 
 def train(metrics: Metrics, first: int, last: int) -> None:
     for step in range(first, last + 1):
-        metrics.step(step, loss=10 / 3 / step, grad_norm=0.87, lr=1.2e-3, tokens=4096 * step, seconds=0.5)
+        metrics.step(step, loss=10 / 3 / step, grad_norm=0.87, lr=1.2e-3, tokens=4000 * step, read=4096, seconds=0.5)
         if step % 2 == 0:
             metrics.validation(step, loss=7.0)
 
@@ -48,7 +48,7 @@ def test_lines(tmp_path: Path) -> None:
         "loss": 10 / 3,
         "grad_norm": 0.87,
         "lr": 1.2e-3,
-        "tokens": 4096,
+        "tokens": 4000,
         "tokens_per_s": 8192.0,
         "tflops_per_device": 8192 * 4e8 / 4 / 1e12,
         "mfu": 8192 * 4e8 / 4 / 1e12 / 2.0,
@@ -60,8 +60,8 @@ def test_lines(tmp_path: Path) -> None:
 
 def test_what_json_cannot_say_is_null(tmp_path: Path) -> None:
     with Metrics(run(), file=tmp_path / "m") as metrics:
-        metrics.step(1, loss=float("nan"), grad_norm=float("inf"), lr=0.0, tokens=1, seconds=1.0)
-        metrics.step(2, loss=1.0, grad_norm=None, lr=0.0, tokens=2, seconds=1.0)
+        metrics.step(1, loss=float("nan"), grad_norm=float("inf"), lr=0.0, tokens=1, read=1, seconds=1.0)
+        metrics.step(2, loss=1.0, grad_norm=None, lr=0.0, tokens=2, read=1, seconds=1.0)
         metrics.validation(2, loss=float("inf"))
     lines = read(tmp_path / "m")
     assert (lines[0]["loss"], lines[0]["grad_norm"], lines[0]["mfu"], lines[1]["grad_norm"]) == (None,) * 4
@@ -76,7 +76,7 @@ def test_a_resumed_file_equals_an_unbroken_one(tmp_path: Path) -> None:
         train(metrics, 1, 6)
     with file.open("a") as cut:
         cut.write('{"step": 3, "loss": 5.')  # a crash in the middle of a line
-    with Metrics(run(start_step=4, start_tokens=4 * 4096), file=file) as metrics:
+    with Metrics(run(start_step=4), file=file) as metrics:
         train(metrics, 5, 7)
     unbroken, resumed = read(tmp_path / "unbroken"), read(file)
     for line in unbroken + resumed:
@@ -108,9 +108,9 @@ def test_console(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(log, "info", said.append)
     monkeypatch.setattr("megasp.training.metrics.peak_memory_gib", lambda device: 0.43)
-    with Metrics(run(start_step=100, start_tokens=100 * 4096), log_interval=20) as metrics:
+    with Metrics(run(start_step=100), log_interval=20) as metrics:
         for step in range(101, 121):
-            metrics.step(step, loss=5.12341, grad_norm=0.87, lr=1.2e-3, tokens=4096 * step, seconds=2.7)
+            metrics.step(step, loss=5.12341, grad_norm=0.87, lr=1.2e-3, tokens=4096 * step, read=4096, seconds=2.7)
         metrics.validation(120, loss=5.0)
     assert said[1:] == [
         "step 120/300 | loss 5.1234 | lr 1.2e-03 | grad norm 0.87 | 1,517 tokens/s | 0.15 TFLOP/s per device "
