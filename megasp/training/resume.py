@@ -48,8 +48,12 @@ def shards(training: Training, optimizer: bool) -> list[Shard]:
     return held
 
 
-def save(training: Training, progress: Progress, phases: Sequence[Phase], saver: Saver) -> None:
-    """Begin to write a checkpoint of this moment; every rank calls it."""
+def save(training: Training, progress: Progress, phases: Sequence[Phase], saver: Saver | None = None) -> None:
+    """Write a checkpoint of this moment; every rank calls it.
+
+    Args:
+        saver: writes it, and its `wait` has the outcome; without one it is written here and now.
+    """
     config = training.config
     metadata = {
         "config": dataclasses.asdict(config),
@@ -66,7 +70,11 @@ def save(training: Training, progress: Progress, phases: Sequence[Phase], saver:
         },
     }
     held = shards(training, optimizer=not config.checkpoint.no_save_optim)
-    saver.save(progress.step, held, metadata)
+    if saver is not None:
+        saver.save(progress.step, held, metadata)
+        return
+    with Saver(config.checkpoint.save or "", training.state) as own:
+        own.save(progress.step, held, metadata)
 
 
 @dataclass(frozen=True)
