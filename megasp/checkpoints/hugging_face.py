@@ -45,7 +45,7 @@ from megasp.config.schema import Config, DataConfig, ModelConfig
 from megasp.errors import CheckpointError
 from megasp.parameters import Box
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARD_BYTES = 5 * 10**9
 CARRIED = "hugging_face"
 """Directory in a converted checkpoint's root with the files that go back with it: tokenizer, generation config."""
@@ -65,7 +65,7 @@ def to_hf(
 
     Args:
         checkpoint: a directory of checkpoints (the latest is taken), or one of them.
-        dtype: "bf16" or "fp32"; the compute dtype of the run without it.
+        dtype: "bf16", "fp16" or "fp32"; the compute dtype of the run without it.
         tokenizer_model: tokenizer.json or its directory; the one that the run named without it.
         shard_bytes: largest file of weights.
         model_type: of the family to write; without it that of the model it was converted from, else the first that can
@@ -82,12 +82,13 @@ def to_hf(
         rule = "its manifest must hold the run's config"
         raise CheckpointError(f"{reader.directory} does not say what model it is", rule, "save it by `megasp pretrain`")
     config = reader.manifest.metadata["config"]
-    length = _positions(model, config.get("training", {}).get("seq_length") or 0)
+    training = config.get("training", {})
+    length = _positions(model, training.get("seq_length") or 0)
     came_from = reader.manifest.metadata.get("model_type")
     families = sorted(FAMILIES, key=lambda family: family.model_type != came_from)  # stable
     asked = [family for family in families if family.model_type == model_type]
     family, said = family_of(model, length, asked or families)
-    torch_dtype = DTYPES[dtype or ("bf16" if config.get("training", {}).get("bf16") else "fp32")]
+    torch_dtype = DTYPES[dtype or next((name for name in ("bf16", "fp16") if training.get(name)), "fp32")]
     names = (name for name in reader.manifest.tensors if name.startswith("model/"))
     stacked = stack(family, {name.removeprefix("model/"): reader.manifest.tensors[name].shape for name in names})
     data = build(DataConfig, config.get("data", {}))
@@ -113,7 +114,7 @@ def from_hf(source: Path | str, save: Path | str, dtype: str | None = None, shar
     Args:
         source: directory with config.json and safetensors.
         save: directory of checkpoints to write; it must hold none.
-        dtype: "bf16" or "fp32"; that of the files without it.
+        dtype: "bf16", "fp16" or "fp32"; that of the files without it.
     Returns:
         The checkpoint's directory.
     Raises:
@@ -144,9 +145,10 @@ def from_hf(source: Path | str, save: Path | str, dtype: str | None = None, shar
         directory.mkdir()
         written = _write_files(directory, _split(entries, shard_bytes))
         config = Config(model=model, data=build(DataConfig, data))
-        bf16 = all(entry.dtype == torch.bfloat16 for entry in entries)
+        dtypes = {entry.dtype for entry in entries}
+        bf16, fp16 = (dtypes == {half} for half in (torch.bfloat16, torch.float16))
         length = _positions(model, 0)
-        config = replace(config, training=replace(config.training, bf16=bf16, seq_length=length))
+        config = replace(config, training=replace(config.training, bf16=bf16, fp16=fp16, seq_length=length))
         metadata = manifest.metadata | {"config": asdict(config)}
         boxes = {key: file for file, (keys, _) in written.items() for key in keys}
         tensors = {
