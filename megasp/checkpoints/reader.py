@@ -10,6 +10,7 @@ Only what is needed is read, straight into its place; a file that is read is che
 
 import hashlib
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -76,6 +77,7 @@ class CheckpointReader:
         self.manifest = manifest or read_manifest(directory)
         self.verify_hashes = verify_hashes
         self._files: dict[str, Any] = {}
+        self._opening = threading.Lock()  # conversion reads in several threads
 
     def stored(self, kind: str, piece: Piece) -> StoredTensor:
         """What the checkpoint has under `kind/name`.
@@ -130,13 +132,14 @@ class CheckpointReader:
         return source.t() if stored.transposed else source
 
     def _file(self, name: str) -> Any:
-        if name not in self._files:
-            self._check(name)
-            try:
-                self._files[name] = safe_open(self.directory / name, "pt")
-            except SafetensorError as error:
-                raise self._damaged(name, f"is no safetensors file ({error})") from None
-        return self._files[name]
+        with self._opening:
+            if name not in self._files:
+                self._check(name)
+                try:
+                    self._files[name] = safe_open(self.directory / name, "pt")
+                except SafetensorError as error:
+                    raise self._damaged(name, f"is no safetensors file ({error})") from None
+            return self._files[name]
 
     def _check(self, name: str) -> None:
         """Compare a file with the manifest: it exists, has its size and, if asked for, its hash."""

@@ -128,7 +128,7 @@ class Saver:
     @torch.no_grad()
     def _copy_out(self, content: Content, ready: torch.cuda.Event | None) -> Content:
         """The same content in host memory. Buffers are kept from save to save: fresh pages cost more than the copy."""
-        stream = torch.cuda.Stream() if ready is not None else None
+        stream = torch.cuda.Stream(self.state.device) if ready is not None else None  # threads begin on device 0
         with torch.cuda.stream(stream):
             if stream is not None and ready is not None:
                 stream.wait_event(ready)
