@@ -13,6 +13,7 @@ from megasp.config.heads import most_chunks
 from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.ranges import check_ranges
+from megasp.config.rotary_scaling import check_rotary_scaling
 from megasp.config.schema import Config, DataConfig
 from megasp.errors import ConfigError
 
@@ -69,8 +70,7 @@ def _model(config: Config) -> None:
             "at least two channels must rotate",
             "use a larger head or share",
         )
-    if model.use_rope_scaling and model.position_embedding_type != "rope":
-        raise ConfigError("--use-rope-scaling", "it scales rotary frequencies", "add --position-embedding-type rope")
+    check_rotary_scaling(model)
     if model.swiglu and model.squared_relu:
         raise ConfigError("--swiglu and --squared-relu", "an MLP has one activation", "leave one out")
     if model.attention_sinks and model.window_size is None:
@@ -314,7 +314,14 @@ NEEDED = {
     "no_load_optim": ("load", None),
     "no_load_rng": ("load", None),
     "start_new_epoch": ("load", None),
+    "load_strict": ("load", None),
     "no_save_optim": ("save", None),
+    "async_save": ("save", None),
+    "keep_last": ("save", None),
+    "keep_every": ("save", None),
+    "exit_on_save_error": ("save", None),
+    "rotary_scaling_factor": ("rotary_scaling", None),
+    "original_max_position_embeddings": ("rotary_scaling", None),
     "tokenizer_model": ("tokenizer_type", None),
     "vocab_file": ("tokenizer_type", None),
     "merge_file": ("tokenizer_type", None),
