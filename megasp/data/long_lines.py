@@ -60,7 +60,7 @@ def text_under(key: str, blocks: Iterator[bytes]) -> Iterator[str]:
                 try:
                     yield json.loads(f'"{buffer[:end]}"')
                 except ValueError:
-                    raise RestOfLine(rest + "\n") from None  # a control character
+                    raise RestOfLine(rest + "\0") from None  # a control character
             buffer = buffer[end + closed :]
             if not closed:
                 break
