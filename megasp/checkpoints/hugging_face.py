@@ -28,7 +28,7 @@ from megasp.errors import CheckpointError
 from megasp.model.rotary import LLAMA3_HIGH_FREQUENCY_FACTOR, LLAMA3_LOW_FREQUENCY_FACTOR, LLAMA3_ORIGINAL_CONTEXT
 from megasp.parameters import Box
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
@@ -137,7 +137,7 @@ def to_hf(
 
     Args:
         checkpoint: a directory of checkpoints (the latest is taken), or one of them.
-        dtype: "bf16" or "fp32"; the compute dtype of the run without it.
+        dtype: "bf16", "fp16" or "fp32"; the compute dtype of the run without it.
         tokenizer_model: tokenizer.json or its directory; the one that the run named without it.
         shard_bytes: largest file of weights.
     Returns:
@@ -149,9 +149,10 @@ def to_hf(
     reader = CheckpointReader(resolve(checkpoint))
     config = reader.manifest.metadata.get("config", {})
     model = _llama_model(reader)
-    torch_dtype = DTYPES[dtype or ("bf16" if config.get("training", {}).get("bf16") else "fp32")]
+    training = config.get("training", {})
+    torch_dtype = DTYPES[dtype or next((name for name in ("bf16", "fp16") if training.get(name)), "fp32")]
     data = build(DataConfig, config.get("data", {}))
-    max_positions = model.max_position_embeddings or config.get("training", {}).get("seq_length") or 2048
+    max_positions = model.max_position_embeddings or training.get("seq_length") or 2048
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"--output {output} exists", "existing output is never overwritten", "name another one")

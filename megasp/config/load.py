@@ -95,7 +95,8 @@ def to_yaml(config: Config) -> str:
             for field in dataclasses.fields(group)
             if getattr(part, field.name) not in (None, ())
         }
-        lines.append(f"# {name}\n" + yaml.safe_dump(values, sort_keys=False))
+        if values:
+            lines.append(f"# {name}\n" + yaml.safe_dump(values, sort_keys=False))
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "--encoder-seq-length": ("--seq-length",),
     "--layernorm-epsilon": ("--norm-epsilon",),
     "--persistent-save-interval": ("--save-interval",),
+    "--use-torch-fsdp2": ("--data-parallel-sharding-strategy", "optim_grads_params"),
 }
 """flag -> megasp's flags for it. A value follows the last of them."""
 
@@ -50,12 +51,13 @@ _ACCEPTED: tuple[tuple[int, str, str], ...] = (
     ),
     (0, "there are no groups but those of --distributed-backend", "--disable-gloo-process-groups"),
     (1, "ranks come from the launcher's environment variables", "--local-rank"),
-    (1, _DEFAULT, "--data-parallel-sharding-strategy --num-distributed-optimizer-instances"),
+    (0, "weights of the next block are gathered behind the computation of this one", "--overlap-param-gather"),
+    (0, "sharding is what --data-parallel-sharding-strategy says", "--use-megatron-fsdp --use-custom-fsdp"),
     # Precision
-    (0, "gradients are always accumulated and reduced in fp32", "--accumulate-allreduce-grads-in-fp32"),
+    (0, "they are in fp32 unless --grad-reduce-in-bf16 is given", "--accumulate-allreduce-grads-in-fp32"),
     (0, "the softmax of attention is always computed in fp32", "--attention-softmax-in-fp32"),
     (0, "the loss is always the mean over the global batch's target tokens", "--calculate-per-token-loss"),
-    (0, "there is no loss scale: bf16 does not need one", "--no-log-loss-scale-to-tensorboard"),
+    (0, "the loss scale of --fp16 is always in the metrics", "--no-log-loss-scale-to-tensorboard"),
     # Kernels and the model's implementation
     (0, "flash attention runs wherever it can", "--use-flash-attn --use-flash-attn-v2"),
     (1, _MCORE, "--transformer-impl"),
@@ -105,8 +107,6 @@ ALWAYS_ON: dict[str, tuple[int, str]] = {flag: (n, says) for n, says, flags in _
 here, or concerns only how Megatron-LM works inside."""
 
 ONLY: dict[str, tuple[str, ...]] = {
-    "--data-parallel-sharding-strategy": ("no_shard",),
-    "--num-distributed-optimizer-instances": ("1",),
     "--softmax-type": ("vanilla",),
     "--rope-type": ("rope",),
     "--expert-model-parallel-size": ("1",),

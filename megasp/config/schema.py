@@ -8,8 +8,12 @@ from dataclasses import dataclass, field
 from megasp.config.batch_schedule import BatchSchedule
 from megasp.config.flags import flag
 from megasp.config.layout import Layout
+from megasp.config.loss_scale import LossScaleConfig
 from megasp.config.pipeline import SCHEDULES, PipelinePlan, chunks_of
 from megasp.config.tokenizer_types import TIKTOKEN_PATTERNS, TOKENIZER_TYPES
+
+SHARDING_STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
+"""By ZeRO stage, in Megatron-LM's words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +118,31 @@ class ParallelConfig:
     ulysses_size: int | None = flag(
         None, "ranks of Ulysses sequence parallelism (all-to-all between sequence and heads)"
     )
+    ulysses_head_chunks: int = flag(
+        1, "groups of heads that Ulysses exchanges one after another, each while the one before is computed"
+    )
     ring_size: int | None = flag(None, "ranks of ring attention (or of --cp-comm-type all_gather, lightseq)")
     sequence_parallel: bool = flag(
         False, "split norms, dropout and residuals along the sequence over the tensor-parallel ranks, too"
     )
+    data_parallel_sharding_strategy: str = flag(
+        "no_shard",
+        "what data- and context-parallel ranks share out: nothing, optimizer states (ZeRO-1), gradients, too (ZeRO-2), "
+        "and weights, too (ZeRO-3)",
+        choices=SHARDING_STRATEGIES,
+    )
+    use_distributed_optimizer: bool = flag(False, "at least ZeRO-1: --data-parallel-sharding-strategy optim")
+    num_distributed_optimizer_instances: int = flag(
+        1, "hybrid sharding: so many replicas, each sharded over its part of the data-parallel ranks"
+    )
     distributed_backend: str | None = flag(None, "nccl where there are GPUs, else gloo", choices=("nccl", "gloo"))
     distributed_timeout_minutes: float = flag(10.0, "how long a collective waits for the other ranks")
+
+    @property
+    def zero_stage(self) -> int:
+        """What is shared out (arXiv 1910.02054): 1 optimizer states, 2 gradients, too, 3 weights, too; 0 nothing."""
+        stage = SHARDING_STRATEGIES.index(self.data_parallel_sharding_strategy)
+        return max(stage, int(self.use_distributed_optimizer))
 
 
 PACKINGS = ("stream", "best-fit")
@@ -216,6 +239,10 @@ class TrainingConfig:
     train_samples: int | None = flag(None, "samples to train, instead of --train-iters")
     seed: int = flag(1234, "seed of weights, order and dropout")
     bf16: bool = flag(False, "compute in bfloat16; master weights, accumulation and reduction stay in fp32")
+    fp16: bool = flag(False, "compute in float16 with a loss scale; the rest in fp32, as with --bf16")
+    grad_reduce_in_bf16: bool = flag(
+        False, "accumulate and reduce gradients in bfloat16: half the bytes, and a rounding for each microbatch"
+    )
     attention_backend: str = flag(
         "auto",
         "attention kernel; auto picks the best that this machine has, unfused (local) is the exact reference",
@@ -231,6 +258,11 @@ class TrainingConfig:
     eval_iters: int = flag(100, "steps of an evaluation; 0 switches it off")
     exit_interval: int | None = flag(None, "save and stop when the step is a multiple of it")
     exit_duration_in_mins: float | None = flag(None, "save and stop after so many minutes")
+
+    @property
+    def compute_dtype(self) -> str:
+        """PyTorch's name of the dtype of activations and products."""
+        return "float16" if self.fp16 else "bfloat16" if self.bf16 else "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +305,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    loss_scaling: LossScaleConfig = field(default_factory=LossScaleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

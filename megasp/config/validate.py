@@ -9,6 +9,7 @@ from pathlib import PurePath
 
 from megasp.config import stages
 from megasp.config.context_parallel import split_context
+from megasp.config.heads import most_chunks
 from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.ranges import check_ranges
@@ -28,6 +29,8 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
     _model(config)
     layout = _layout(config, world_size)
     _splits(config, layout)
+    _sharding(config)
+    _precision(config)
     stages.split(config)
     _batch(config, layout)
     _training(config, layout)
@@ -101,7 +104,14 @@ def _layout(config: Config, world_size: int) -> Layout:
             "the product must divide the number of ranks",
             f"start {nearest(world_size, lambda n: n % ranks == 0)} ranks, or change a size",
         )
-    return Layout(pp=pp, dp_inner=world_size // ranks, ring=context.ring, ulysses=context.ulysses, tp=tp)
+    dp, outer = world_size // ranks, parallel.num_distributed_optimizer_instances
+    if dp % outer:
+        raise ConfigError(
+            f"num-distributed-optimizer-instances {outer} on data-parallel size {dp}",
+            "each replica is sharded over equally many ranks",
+            f"use {nearest(outer, lambda n: dp % n == 0, dp + 1)}",
+        )
+    return Layout(pp, outer, dp // outer, context.ring, context.ulysses, tp, parallel.zero_stage)
 
 
 def _splits(config: Config, layout: Layout) -> None:
@@ -134,6 +144,14 @@ def _splits(config: Config, layout: Layout) -> None:
         "each Ulysses rank holds at least one head",
         f"use --ulysses-size {max(n for n in range(1, local + 1) if layout.cp % n == 0)}, and --ring-size for the rest",
     )
+    chunks, kv_local = config.parallel.ulysses_head_chunks, max(1, kv_heads // tp)
+    most = most_chunks(local, kv_local, ulysses, between_kv=layout.ring > 1) if ulysses > 1 else 1
+    must(
+        chunks <= most,
+        f"ulysses-head-chunks {chunks} with ulysses-size {ulysses} and ring-size {layout.ring}",
+        "a chunk is at least one of a Ulysses rank's query heads, and with a ring one of its kv heads",
+        f"use --ulysses-head-chunks {most}",
+    )
     ranks = layout.cp * (tp if config.parallel.sequence_parallel else 1)
     must(
         seq % ranks == 0,
@@ -142,6 +160,43 @@ def _splits(config: Config, layout: Layout) -> None:
         "every rank must hold equally many tokens",
         f"use --seq-length {nearest(seq, lambda n: n % ranks == 0)}",
     )
+
+
+def _sharding(config: Config) -> None:
+    parallel = config.parallel
+    if parallel.num_distributed_optimizer_instances > 1 and not parallel.zero_stage:
+        raise ConfigError(
+            f"--num-distributed-optimizer-instances {parallel.num_distributed_optimizer_instances} without sharding",
+            "an instance is a replica whose ranks share out its optimizer states",
+            "add --use-distributed-optimizer, or leave it out",
+        )
+    if parallel.zero_stage == 2 and config.pipeline.defers_weight_gradients:
+        raise ConfigError(
+            f"--data-parallel-sharding-strategy optim_grads with --pipeline-schedule {config.pipeline.schedule}",
+            "deferred weight gradients are reduced at the end of the step, which is ZeRO-1 in disguise",
+            "use --data-parallel-sharding-strategy optim, or --pipeline-schedule 1f1b",
+        )
+
+
+def _precision(config: Config) -> None:
+    training, scaling = config.training, config.loss_scaling
+    if training.bf16 and training.fp16:
+        raise ConfigError("--bf16 and --fp16", "a run computes in one of them", "leave --fp16 out")
+    if training.grad_reduce_in_bf16 and not training.bf16:
+        raise ConfigError("--grad-reduce-in-bf16 without --bf16", "it is for gradients in bfloat16", "leave it out")
+    given = [field.name for field in dataclasses.fields(scaling) if getattr(scaling, field.name) is not None]
+    option = f"--{given[0].replace('_', '-')}" if given else ""
+    if given and not training.fp16:
+        raise ConfigError(f"{option} without --fp16", "it would do nothing", f"add --fp16, or leave {option} out")
+    if scaling.loss_scale is not None and len(given) > 1:
+        option = f"--{given[1].replace('_', '-')}"
+        raise ConfigError(f"--loss-scale with {option}", "a constant scale does not change", f"leave {option} out")
+    if scaling.smallest > scaling.initial:
+        raise ConfigError(
+            f"min-loss-scale {scaling.smallest:g} and initial-loss-scale {scaling.initial:g}",
+            "the loss scale begins at its smallest or above",
+            f"use --min-loss-scale {scaling.initial:g}",
+        )
 
 
 def _batch(config: Config, layout: Layout) -> None:
@@ -280,7 +335,7 @@ def _ignored(config: Config) -> None:
 
 
 def _attention_kernel(config: Config, device: str) -> None:
-    dtype = "bfloat16" if config.training.bf16 else "float32"
+    dtype = config.training.compute_dtype
     backend, dropout = config.training.attention_backend, config.model.attention_dropout
     name, reasons = choose_kernel(backend, device, dtype, dropout, config.model.head_dim)
     if name is None:

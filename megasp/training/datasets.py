@@ -13,7 +13,7 @@ from megasp.data.document_lengths import SORTED, looks_sorted, some_lengths
 from megasp.data.phases import Phase, first_phase
 from megasp.errors import ConfigError, DataError
 from megasp.parallel_state import ParallelState
-from megasp.shard_map import ShardMap
+from megasp.sequence_parallel.shards import Shards
 
 VALIDATION = "validation"
 """Name of the validation set where there is one."""
@@ -134,7 +134,7 @@ def constant_batch(config: Config) -> Config:
 
 
 def build_loader(
-    config: Config, state: ParallelState, shard_map: ShardMap, dataset: Dataset, first_sample: int = 0
+    config: Config, state: ParallelState, shards: Shards, dataset: Dataset, first_sample: int = 0
 ) -> Loader:
     """Batches of this rank: its samples of each step, its positions of each sample."""
     data = config.data
@@ -147,7 +147,7 @@ def build_loader(
     )
     return Loader(
         dataset,
-        shard_map.ranges[state.cp.rank],
+        lambda starts: shards.of(starts).ranges[state.cp.rank],
         micro_batch_size=config.training.micro_batch_size,
         batch=config.batch_schedule(state.layout),
         dp_rank=state.dp.rank,

@@ -87,11 +87,11 @@ def pretrain(training: Training) -> Progress:
         devices=state.layout.world_size,
         device=state.device,
         flops_per_token=flops_per_token(config.model, config.training.seq_length),
-        peak_tflops=config.logging.peak_tflops or peak_tflops(state.device, next(training.model.parameters()).dtype),
+        peak_tflops=config.logging.peak_tflops or peak_tflops(state.device, training.dtype),
         train_steps=train_steps,
         start_step=start.step,
     )
-    loader = build_loader(config, state, training.shard_map, datasets.train, start.samples)
+    loader = build_loader(config, state, training.shards, datasets.train, start.samples)
     metrics = Metrics(
         run,
         file=_metrics_file(config),
@@ -143,6 +143,7 @@ class _Loop:
                 tokens=progress.tokens,
                 read=samples * config.training.seq_length,
                 seconds=time.perf_counter() - began,
+                loss_scale=result.loss_scale if config.training.fp16 else None,
             )
             if config.logging.log_comm and (progress.step == 1 or progress.step % config.logging.log_interval == 0):
                 communication.report(self.training, microbatches)
@@ -168,10 +169,19 @@ class _Loop:
         return self.training.config.logging.trace if step == min(1, steps - 1) else None
 
     def _check_finite(self, progress: Progress, result: StepResult) -> None:
-        """Tell of a step whose gradient was NaN or infinite (it was not applied), and end a run of many such."""
-        self.skipped = 0 if math.isfinite(result.grad_norm) else self.skipped + 1
-        if self.skipped:
-            log.info(f"step {progress.step}: loss {result.loss}, gradient norm {result.grad_norm}: weights not updated")
+        """Tell of a step whose gradient was NaN or infinite (it was not applied), and end a run of many such.
+
+        An overflow of fp16 does not count while the loss scale can fall.
+        """
+        scale = self.training.loss_scale
+        finite = math.isfinite(result.grad_norm)
+        self.skipped = 0 if finite or scale.can_fall else self.skipped + 1
+        if not finite:
+            overflow = f" at loss scale {result.loss_scale:g}" if self.training.config.training.fp16 else ""
+            log.info(
+                f"step {progress.step}: loss {result.loss}, gradient norm {result.grad_norm}{overflow}: weights not "
+                f"updated" + (f", loss scale now {scale.scale:g}" if overflow else "")
+            )
         if self.skipped == MAX_SKIPPED_STEPS:
             raise DataError(
                 f"{self.skipped} steps in a row had no finite gradient",
@@ -183,7 +193,7 @@ class _Loop:
         """Mean loss of the first --eval-iters global batches of a held-out dataset, the same ones every time."""
         training, config = self.training, constant_batch(self.training.config)
         batch = config.global_batch_size(training.state.layout)
-        with build_loader(config, training.state, training.shard_map, dataset) as loader:
+        with build_loader(config, training.state, training.shards, dataset) as loader:
             return evaluate(training, (loader.read(step * batch) for step in range(config.training.eval_iters)))
 
     def _save(self, progress: Progress, saved: int) -> int:
@@ -221,7 +231,7 @@ def _introduce(training: Training, datasets: Datasets, phases: Sequence[Phase], 
     """Say what will run, before it runs; and keep the effective configuration with the run."""
     config, layout = training.config, training.state.layout
     batch, model = config.global_batch_size(layout), config.model
-    dtype = str(next(training.model.parameters()).dtype).removeprefix("torch.")
+    dtype = str(training.dtype).removeprefix("torch.")
     log.info(f"layout {layout.name}: {layout.describe()}, on {training.state.device.type}")
     context = split_context(config)
     if context.reason and layout.cp > 1:

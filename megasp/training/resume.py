@@ -37,7 +37,7 @@ class Progress:
 
 def shards(training: Training, optimizer: bool) -> list[Shard]:
     """The master weights of this rank, and with `optimizer` their moments."""
-    owner = training.state.gradients.rank == 0
+    owner = training.replicas.owner
     held = []
     for master in training.replicas.masters:
         tensors = {"model": master.data}
@@ -57,6 +57,7 @@ def save(training: Training, progress: Progress, phases: Sequence[Phase]) -> Pat
         "rng": {"seed": config.training.seed},
         "has_optimizer": not config.checkpoint.no_save_optim,
         "optimizer_steps": steps_taken(training.optimizer),
+        "loss_scale": training.loss_scale.state(),
         "versions": {
             "megasp": __version__,
             "torch": torch.__version__,
@@ -121,9 +122,16 @@ def resume(training: Training) -> Progress:
     training.replicas.publish()
     progress = Progress() if options.finetune else Progress(**manifest.metadata["progress"])
     set_step(training.optimizer, manifest.metadata["optimizer_steps"] if with_optimizer else 0)
+    if with_optimizer and saved_in_fp16(manifest):
+        training.loss_scale.resume(manifest.metadata["loss_scale"])
     what = "weights alone (--finetune)" if options.finetune else f"step {progress.step}"
     log.info(f"loaded {directory}: {what}, saved by layout {manifest.layout}")
     return progress
+
+
+def saved_in_fp16(manifest: Manifest) -> bool:
+    """Whether the run of a checkpoint had a loss scale."""
+    return bool(manifest.metadata["config"]["training"].get("fp16"))
 
 
 def _check_seed(manifest: Manifest, config: Config) -> None:

@@ -17,7 +17,13 @@ MOCK = MockDataset(vocab_size=97, seq_length=16, seed=1)
 def loader(dataset=MOCK, ranges=WHOLE, dp_rank=0, dp_size=1, mbs=1, gbs=8, **options) -> Loader:
     options = {"vocab_size": 60000, **options}
     return Loader(
-        dataset, ranges, micro_batch_size=mbs, batch=BatchSchedule(gbs), dp_rank=dp_rank, dp_size=dp_size, **options
+        dataset,
+        lambda _: ranges,
+        micro_batch_size=mbs,
+        batch=BatchSchedule(gbs),
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        **options,
     )
 
 
@@ -114,7 +120,14 @@ def test_a_ramp_up_changes_the_size_of_steps(corpus):
     ramp = BatchSchedule(8, 2, 2, 20)
     for prefetch in (0, 3):
         with Loader(
-            dataset, WHOLE, micro_batch_size=1, batch=ramp, dp_rank=0, dp_size=2, vocab_size=60000, prefetch=prefetch
+            dataset,
+            lambda _: WHOLE,
+            micro_batch_size=1,
+            batch=ramp,
+            dp_rank=0,
+            dp_size=2,
+            vocab_size=60000,
+            prefetch=prefetch,
         ) as data:
             sizes = [len(data.step()) for _ in range(9)]
             assert data.consumed_samples == 2 * sum(sizes) == ramp.advance(0, 9)

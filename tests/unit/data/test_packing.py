@@ -131,7 +131,7 @@ def test_documents_of_several_sequences_stay_whole(tmp_path):
 
 def loader(dataset, ranges=((0, 8),), dp_rank=0, dp_size=1, mbs=1, **options) -> Loader:
     return Loader(
-        dataset, ranges, micro_batch_size=mbs, batch=BatchSchedule(8), dp_rank=dp_rank, dp_size=dp_size,
+        dataset, lambda _: ranges, micro_batch_size=mbs, batch=BatchSchedule(8), dp_rank=dp_rank, dp_size=dp_size,
         vocab_size=60000, **options
     )  # fmt: skip
 
