@@ -23,8 +23,8 @@ from megasp.training.pretrain import pretrain
 from tests.resume.test_resume import RUN, weights
 
 FULL = "MEGASP_FULL_MATRIX" in os.environ
-KILLS = 50 if FULL else 4
-STEPS = 2000 if FULL else 120
+KILLS = 50 if FULL else 3
+STEPS = 2000 if FULL else 60
 FLAGS = (
     f"{RUN} --mock-data --eval-iters 0 --train-iters {STEPS} --async-save --save-interval 1 --keep-last 3 "
     "--num-layers 4 --hidden-size 128 --ffn-hidden-size 512"

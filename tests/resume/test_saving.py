@@ -110,7 +110,7 @@ def _loss(flags: str) -> float:
     config = resolve(config)
     training = build(config, parallel_state.build(validate(config, world_size), torch.device("cpu")))
     resume.resume(training, resume.find(config, training.state))
-    with build_loader(config, training.state, training.shard_map, build_datasets(config).train) as loader:
+    with build_loader(config, training.state, training.shards, build_datasets(config).train) as loader:
         return evaluate(training, [loader.read(0)])
 
 
@@ -118,7 +118,7 @@ def _theirs(model: Any, flags: str) -> float:
     config, _, _, _ = load(flags.split(), parser("pretrain", ""))
     config = resolve(config)
     training = build(config, ParallelState.single())
-    with build_loader(config, training.state, training.shard_map, build_datasets(config).train) as loader:
+    with build_loader(config, training.state, training.shards, build_datasets(config).train) as loader:
         batches = loader.read(0)
     with torch.no_grad():
         losses = [

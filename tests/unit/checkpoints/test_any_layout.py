@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import zeros
 
@@ -119,6 +119,7 @@ def save(root: Path, model: ModelConfig, run: Run) -> Path:
     return final
 
 
+@settings(max_examples=max(10, settings().max_examples // 4))
 @given(st.sampled_from(MODELS), runs(), runs())
 def test_any_to_any(model: ModelConfig, saved: Run, loaded: Run) -> None:
     with tempfile.TemporaryDirectory() as root:
