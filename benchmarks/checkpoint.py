@@ -187,7 +187,7 @@ def main() -> None:
             ]
             outcomes = play(contestants, args.rounds, 1)
             print(f"## {'Loading' if loading else 'Saving'} {args.gigabytes:g} GB\n")
-            print(table(outcomes, ("GB/s", args.gigabytes)), "\n")
+            print(table(outcomes, ("MB", 1000 * args.gigabytes)), "\n")
             for peer in outcomes[1:]:
                 print(f"{peer.contestant.name} / megasp: {ratio(peer, outcomes[0]).text()}")
             print(json.dumps({"benchmark": "checkpoint", "loading": loading, "contestants": record(outcomes)}), "\n")

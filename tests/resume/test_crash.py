@@ -23,7 +23,7 @@ from megasp.training.pretrain import pretrain
 from tests.resume.test_resume import RUN, weights
 
 FULL = "MEGASP_FULL_MATRIX" in os.environ
-KILLS = 50 if FULL else 3
+KILLS = 50 if FULL else 2
 STEPS = 2000 if FULL else 60
 FLAGS = (
     f"{RUN} --mock-data --eval-iters 0 --train-iters {STEPS} --async-save --save-interval 1 --keep-last 3 "
