@@ -27,6 +27,7 @@ COMMANDS = {
     "checkpoint inspect": ("megasp.checkpoints.inspect", "what a checkpoint holds"),
     "checkpoint verify": ("megasp.checkpoints.verify", "read every byte of checkpoints, and name what is damaged"),
     "convert from-hf": ("megasp.checkpoints.convert_from_hf", "a Hugging Face model as a checkpoint"),
+    "memory": ("megasp.memory", "what each rank will hold in memory, by component"),
     "convert to-hf": ("megasp.checkpoints.convert", "a checkpoint as a Hugging Face model"),
     "generate": ("megasp.generate", "sample text from a checkpoint"),
     "doctor": ("megasp.doctor", "what this machine has, and what is wrong with it"),

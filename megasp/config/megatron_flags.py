@@ -24,6 +24,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "--persistent-save-interval": ("--save-interval",),
     "--save-retain-interval": ("--keep-every",),
     "--use-torch-fsdp2": ("--data-parallel-sharding-strategy", "optim_grads_params"),
+    "--recompute-activations": ("--recompute-granularity", "selective"),
 }
 """flag -> megasp's flags for it. A value follows the last of them."""
 
@@ -39,7 +40,6 @@ _DENSE = "models are dense, which is what this value asks for"
 _DEFAULT = "this value is what megasp does"
 _TRANSFERS = "tensor-parallel transfers of the backward always overlap the weight-gradient GEMMs"
 _LOSS = "the output layer and its loss are always one fused function"
-_PER_LAYER = "--recompute-granularity full recomputes layer by layer"
 _TIMES = "the time of a step is the only one reported"
 
 _ACCEPTED: tuple[tuple[int, str, str], ...] = (
@@ -77,7 +77,6 @@ _ACCEPTED: tuple[tuple[int, str, str], ...] = (
     (1, _DEFAULT, "--softmax-type --rope-type"),
     (1, _DENSE, "--expert-model-parallel-size --expert-tensor-parallel-size"),
     # Memory
-    (1, _PER_LAYER, "--recompute-method --recompute-num-layers"),
     (0, _GARBAGE, "--no-clone-scatter-output-in-embedding --manual-gc --no-manual-gc-eval"),
     (1, _GARBAGE, "--manual-gc-interval --empty-unused-memory-level"),
     # Data
@@ -116,8 +115,6 @@ ONLY: dict[str, tuple[str, ...]] = {
     "--rope-type": ("rope",),
     "--expert-model-parallel-size": ("1",),
     "--expert-tensor-parallel-size": ("1",),
-    "--recompute-method": ("uniform",),
-    "--recompute-num-layers": ("1",),
     "--dataloader-type": ("single",),
     "--weight-decay-incr-style": ("constant",),
     "--rerun-mode": ("disabled",),

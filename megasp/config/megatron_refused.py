@@ -84,13 +84,17 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
     ),
     # Memory
     (
-        "recompute is of whole layers, or all but attention: see --recompute-granularity full, all-but-attention",
-        "--recompute-activations --recompute-modules --checkpoint-activations --distribute-saved-activations "
-        "--activations-checkpoint-method --activations-checkpoint-granularity --activations-checkpoint-num-layers",
+        "it was renamed long ago: use --recompute-granularity, --recompute-method and --recompute-num-layers",
+        "--checkpoint-activations --activations-checkpoint-method --activations-checkpoint-granularity "
+        "--activations-checkpoint-num-layers",
     ),
     (
-        "offloading to the host's memory is not built yet: use --recompute-granularity full, or more ranks",
-        "--cpu-offloading --cpu-offloading-num-layers --optimizer-cpu-offload --optimizer-offload-fraction "
+        "--sequence-parallel splits what is saved over the tensor-parallel ranks, and what is not saved, too",
+        "--distribute-saved-activations",
+    ),
+    (
+        "of offloading to the host's memory that of activations is built: use --cpu-offloading-activations",
+        "--cpu-offloading --optimizer-cpu-offload --optimizer-offload-fraction "
         "--use-torch-optimizer-for-cpu-offload --overlap-cpu-optimizer-d2h-h2d --no-pin-cpu-grads --no-pin-cpu-params",
     ),
     (

@@ -11,6 +11,7 @@ from megasp.config.layout import Layout
 from megasp.config.loss_scale import LossScaleConfig
 from megasp.config.model import ModelConfig
 from megasp.config.pipeline import SCHEDULES, PipelinePlan, chunks_of
+from megasp.config.recompute import ActivationConfig
 from megasp.config.tokenizer_types import TIKTOKEN_PATTERNS, TOKENIZER_TYPES
 
 SHARDING_STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
@@ -177,12 +178,6 @@ class TrainingConfig:
         "attention kernel; auto picks the best that this machine has, unfused (local) is the exact reference",
         choices=("auto", "flash", "fused", "flash-attn-2", "flash-attn-3", "unfused", "local"),
     )
-    recompute_granularity: str | None = flag(
-        None,
-        "activations to recompute in the backward: those of whole layers, or all but the attention's output, so that "
-        "attention runs once",
-        choices=("full", "all-but-attention"),
-    )
     eval_interval: int = flag(1000, "steps between evaluations")
     eval_iters: int = flag(100, "steps of an evaluation; 0 switches it off")
     exit_interval: int | None = flag(None, "save and stop when the step is a multiple of it")
@@ -254,6 +249,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     loss_scaling: LossScaleConfig = field(default_factory=LossScaleConfig)
+    activations: ActivationConfig = field(default_factory=ActivationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

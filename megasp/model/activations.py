@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megasp.config.schema import ModelConfig
+from megasp.footprint import Part
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -62,3 +63,9 @@ def activation(config: ModelConfig) -> Callable[[Tensor], Tensor]:
     if config.swiglu:
         return _SwiGLU.apply
     return _SquaredReLU.apply if config.squared_relu else _GELU.apply
+
+
+def activation_footprint(config: ModelConfig, hidden: int) -> Part:
+    """Bytes of the activation whose output has `hidden` bytes."""
+    working = 4 if config.swiglu else 2 if config.squared_relu else 1
+    return Part("MLP, activated", hidden, hidden, working * hidden)

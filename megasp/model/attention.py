@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from megasp.config.schema import ModelConfig
@@ -10,6 +11,7 @@ from megasp.model.dropout import TokenKeys, attention_bits, site_key
 from megasp.model.init import Factory
 from megasp.model.layers import ColumnParallelLinear, RowParallelLinear
 from megasp.model.norm import Norm
+from megasp.model.recompute import recomputed
 from megasp.model.rotary import rotate_
 from megasp.parallel_state import ParallelState
 from megasp.sequence_parallel import Kept, SequenceAttention, Work
@@ -40,6 +42,7 @@ class Attention(nn.Module):
         config: the model's; its head counts are divisible as `megasp.config.validate` says.
         name: canonical name of this module.
         attend: attention of q to k and v over the sequence, wherever its parts are.
+        recompute: whether `attend` is recomputed in the backward.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Attention(nn.Module):
         attend: SequenceAttention,
         factory: Factory,
         name: str,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.head_dim, self.rotary = config.head_dim, config.position_embedding_type == "rope"
@@ -73,7 +77,7 @@ class Attention(nn.Module):
                 Norm, config.normalization, self.head_dim, config.norm_epsilon, tp, partial=True, factory=factory
             )
             self.q_norm, self.k_norm = norm(name=f"{name}.q_norm"), norm(name=f"{name}.k_norm")
-        self.attend = attend
+        self.attend, self.recompute = attend, recompute
         self.dropout, self.key = config.attention_dropout, site_key(factory.seed, name)
         self.first_head = tp.rank * self.local_heads[0]
         self.o = RowParallelLinear(
@@ -97,7 +101,9 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
             if tokens.rotary is not None:
                 q, k = (rotate_(part, part.shape[2], self.head_dim, tokens.rotary) for part in (q, k))
-        out = self.attend(q, k, v, work=tokens.work, dropout=self._dropout(tokens), kept=tokens.kept)
+        attend = partial(self.attend, work=tokens.work, dropout=self._dropout(tokens), kept=tokens.kept)
+        again = self.recompute and torch.is_grad_enabled()
+        out = recomputed(attend, q, k, v) if again else attend(q, k, v)
         return self.o(out.flatten(2))
 
     def _dropout(self, tokens: Tokens) -> AttentionDropout | None:

@@ -1,7 +1,9 @@
 """A transformer block: norm, attention, norm, MLP, each branch added to the residual stream."""
 
+import torch
 from torch import Tensor, nn
 
+from megasp.config.recompute import Recompute
 from megasp.config.schema import ModelConfig
 from megasp.model.activations import activation
 from megasp.model.attention import Attention, Tokens
@@ -9,17 +11,30 @@ from megasp.model.dropout import dropout, site_key
 from megasp.model.init import Factory
 from megasp.model.layers import ColumnParallelLinear, RowParallelLinear
 from megasp.model.norm import Norm
+from megasp.model.recompute import made_again, recomputed
+from megasp.model.tiles import tiled
 from megasp.parallel_state import ParallelState
 from megasp.sequence_parallel import SequenceAttention
 
 
 class MLP(nn.Module):
-    """[S, B, D] -> [S, B, D] through a hidden layer of `config.mlp_size`, split over the tensor-parallel ranks."""
+    """[S, B, D] -> [S, B, D] through a hidden layer of `config.mlp_size`, split over the tensor-parallel ranks.
+
+    Args:
+        remake: whether the activation's output is made again in the backward.
+    """
 
     def __init__(
-        self, config: ModelConfig, state: ParallelState, sequence_parallel: bool, factory: Factory, name: str
+        self,
+        config: ModelConfig,
+        state: ParallelState,
+        sequence_parallel: bool,
+        factory: Factory,
+        name: str,
+        remake: bool = False,
     ) -> None:
         super().__init__()
+        self.remake = remake
         parts = ("gate", "up") if config.swiglu else ("up",)
         self.up = ColumnParallelLinear(
             config.hidden_size,
@@ -43,11 +58,19 @@ class MLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
+        hidden = self.up(x)
+        activated = self.activation(hidden)
+        with made_again(activated, self.activation, hidden, self.remake):
+            return self.down(activated)
 
 
 class Block(nn.Module):
-    """One layer on the residual stream: [S, B, D] -> [S, B, D] ([S / T, B, D] with sequence parallelism)."""
+    """One layer on the residual stream: [S, B, D] -> [S, B, D] ([S / T, B, D] with sequence parallelism).
+
+    Args:
+        recompute: of which "selective" is done here; the rest is of whole layers.
+        tiles: in which the MLP and its norm are computed, along the sequence.
+    """
 
     def __init__(
         self,
@@ -57,8 +80,11 @@ class Block(nn.Module):
         attend: SequenceAttention,
         factory: Factory,
         name: str,
+        recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
+        tiles: int = 1,
     ) -> None:
         super().__init__()
+        self.recompute, self.tiles = recompute, tiles
 
         def norm(site: str) -> Norm:
             return Norm(
@@ -72,13 +98,32 @@ class Block(nn.Module):
             )
 
         self.input_norm = norm("input_norm")
-        self.attention = Attention(config, state, sequence_parallel, attend, factory, f"{name}.attention")
+        options = config, state, sequence_parallel
+        again = recompute.does("core_attn")
+        self.attention = Attention(*options, attend, factory, f"{name}.attention", again)
         self.mlp_norm = norm("mlp_norm")
-        self.mlp = MLP(config, state, sequence_parallel, factory, f"{name}.mlp")
+        self.mlp = MLP(*options, factory, f"{name}.mlp", recompute.does("mlp_act"))
         self.dropout = config.hidden_dropout
         self.attention_key = site_key(factory.seed, f"{name}.attention residual")
         self.mlp_key = site_key(factory.seed, f"{name}.mlp residual")
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
-        x = x + dropout(self.attention(self.input_norm(x), tokens), self.dropout, self.attention_key, tokens.keys)
-        return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.mlp_key, tokens.keys)
+        x = x + dropout(self._attention(x, tokens), self.dropout, self.attention_key, tokens.keys)
+        return x + dropout(self._mlp(x), self.dropout, self.mlp_key, tokens.keys)
+
+    def _attention(self, x: Tensor, tokens: Tokens) -> Tensor:
+        normed = self.input_norm(x)
+        with made_again(normed, self.input_norm, x, self.recompute.does("layernorm")):
+            return self.attention(normed, tokens)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        norm, mlp, does = self.mlp_norm, self.mlp, self.recompute.does
+        if self.tiles > 1:
+            return tiled(lambda x: mlp(norm(x)), x, self.tiles, [*norm.parameters(), *mlp.parameters()])
+        if does("mlp") and does("layernorm") and torch.is_grad_enabled():
+            return recomputed(lambda x: mlp(norm(x)), x)
+        normed = norm(x)
+        if does("mlp") and torch.is_grad_enabled():
+            return recomputed(mlp, normed)
+        with made_again(normed, norm, x, does("layernorm")):
+            return mlp(normed)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megasp.footprint import Part
+
 
 @dataclass(frozen=True)
 class TokenKeys:
@@ -88,3 +90,15 @@ def attention_bits(key: int, samples: Tensor, first_head: int, heads: int, queri
     row = _mix(queries + head)[:, :, :, None]
     column = _mix(keys + (key ^ 0x5DEECE66D))
     return _mix(row ^ column) & 0x7FFFFFFF
+
+
+def dropout_footprint(elements: int, item: int) -> Part:
+    """Bytes of dropping from `elements` elements: the bits are 64 wide while they are mixed."""
+    return Part(
+        "residual branch",
+        elements * item,
+        24 * elements,
+        elements * item,
+        {"dropout masks": elements},
+        keeps_input=False,
+    )

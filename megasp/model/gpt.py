@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megasp.collectives import copy_to, gather_from, start_all_gather
+from megasp.config.recompute import Recompute
 from megasp.config.schema import ModelConfig
 from megasp.model.attention import Tokens
 from megasp.model.block import Block
@@ -20,6 +20,8 @@ from megasp.model.init import Factory
 from megasp.model.layers import VocabParallelEmbedding, replicated
 from megasp.model.loss import linear_cross_entropy
 from megasp.model.norm import Norm
+from megasp.model.offload import Offload, copier
+from megasp.model.recompute import recomputed
 from megasp.model.rotary import cos_sin
 from megasp.parallel_state import ParallelState
 from megasp.sequence_parallel import Documents, Kept, Mask, SequenceAttention
@@ -37,8 +39,9 @@ class GPTModel(nn.Module):
             one canonical tensor, and the training step sums their gradients.
         sequence_parallel: split the residual stream over the tensor-parallel ranks.
         attend: attention over the split sequence; without it over contiguous shards, by the best kernel there is.
-        recompute: "full" to keep only each block's input and run its forward again in the backward;
-            "all-but-attention" to keep what attention gave, too, and not run that again.
+        recompute: what is recomputed in the backward, and in which layers.
+        tiled_mlp: tiles of the sequence in which each MLP is computed.
+        offloaded_layers: first layers whose activations go to the host.
         factory: device, dtype and seed of the parameters.
 
     Example:
@@ -57,14 +60,16 @@ class GPTModel(nn.Module):
         last: bool = True,
         sequence_parallel: bool = False,
         attend: SequenceAttention | None = None,
-        recompute: str | None = None,
+        recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
+        tiled_mlp: int = 1,
+        offloaded_layers: int = 0,
         factory: Factory | None = None,
     ) -> None:
         super().__init__()
         state = state or ParallelState.single()
         factory = factory or Factory(state.device)
         layers = layers if layers is not None else range(config.num_layers)
-        self.config, self.state, self.recompute = config, state, recompute
+        self.config, self.state = config, state
         self.sequence_parallel = sequence_parallel and state.tp.size > 1
         self.residual_split = state.tp.size if self.sequence_parallel else 1
         self.attend = attend or SequenceAttention(state, mask=Mask(config.window_size, config.attention_sinks))
@@ -78,7 +83,14 @@ class GPTModel(nn.Module):
             piece = replicated("position_embedding.weight", shape, state.tp, partial=self.sequence_parallel)
             self.position_embedding = factory.parameter([piece.with_facts(init_std=config.init_method_std, decay=True)])
         self.embedding_key = site_key(factory.seed, "embedding")
-        self.layers = nn.ModuleList(Block(config, state, *options, f"layers.{number}") for number in layers)
+        self.offloaded_layers = offloaded_layers
+        self.copies = copier(state.device if offloaded_layers else torch.device("cpu"))
+        self.groups = recompute.groups(len(layers))
+        self.recompute = [recompute if again else Recompute() for group, again in self.groups for _ in group]
+        self.layers = nn.ModuleList(
+            Block(config, state, *options, f"layers.{number}", again, tiled_mlp)
+            for number, again in zip(layers, self.recompute, strict=True)
+        )
         self.final_norm = self.head = None
         if last:
             self.final_norm = Norm(
@@ -140,9 +152,11 @@ class GPTModel(nn.Module):
         keys = TokenKeys(samples, self._shard(positions)) if samples is not None and self.training else None
         x = self._embed(tokens, seen, keys) if self.embedding is not None else tokens
         info = self._tokens(positions, seen, keys, document_starts, x.dtype)
-        for block in self.layers:
+        offload = Offload(self.copies)
+        for group, _ in self.groups:
             # Dropout needs no random state: a recomputed block draws the same masks from the same names.
-            x = self._recomputed(block, x, info) if self.recompute and torch.is_grad_enabled() else block(x, info)
+            with offload.layer(self.layers[group.start : group.stop], wanted=group.start < self.offloaded_layers):
+                x = self._run(group, x, info)
         if self.final_norm is None or self.head is None:
             return x
         x = self.final_norm(x)
@@ -152,10 +166,19 @@ class GPTModel(nn.Module):
         axis, weight = self.state.tp, self.head.weight
         return linear_cross_entropy(x, weight, labels.t(), mask.t(), axis, self.sequence_parallel)
 
-    def _recomputed(self, block: nn.Module, x: Tensor, info: Tokens) -> Tensor:
-        if self.recompute == "all-but-attention":
+    def _run(self, group: range, x: Tensor, info: Tokens) -> Tensor:
+        """Some layers, recomputed in the backward as one where whole layers are."""
+        granularity = self.recompute[group.start].granularity
+        if granularity == "all-but-attention":
             info = replace(info, kept=Kept())
-        return checkpoint(block, x, info, use_reentrant=False, preserve_rng_state=False)
+
+        def layers(x: Tensor) -> Tensor:
+            for number in group:
+                x = self.layers[number](x, info)
+            return x
+
+        whole = granularity in ("full", "all-but-attention") and torch.is_grad_enabled()
+        return recomputed(layers, x) if whole else layers(x)
 
     def residual_shape(self, samples: int, positions: int) -> tuple[int, int, int]:
         """Shape of the residual stream of a microbatch [samples, positions] on this rank."""

@@ -25,6 +25,7 @@ from megasp.collectives import (
     start_all_reduce,
     start_reduce_scatter,
 )
+from megasp.footprint import Part
 from megasp.model.init import Factory
 from megasp.model.matmul import linear
 from megasp.model.weight_gradients import WeightGradients
@@ -241,3 +242,25 @@ def replicated(name: str, shape: tuple[int, ...], axis: Axis, *, partial: bool, 
         partial: each rank's gradient is only its own share of the sum.
     """
     return whole(name, shape).with_replicas(axis.rank, axis.size, partial).with_facts(init_mean=init_mean, decay=False)
+
+
+def linear_footprint(name: str, rows: int, inputs: int, outputs: int, item: int, gather: int = 1) -> Part:
+    """Bytes of a linear layer on `rows` rows, which it gathers over `gather` ranks before."""
+    x, y, weight = rows * inputs * item, gather * rows * outputs * item, inputs * outputs * item
+    gathered = gather * x if gather > 1 else 0
+    return Part(name, y, y + gathered, 2 * gathered + x + weight, deferred=x + y)
+
+
+def sum_footprint(elements: int, item: int, tp: int, sequence_parallel: bool) -> Part:
+    """Bytes of the sum over `tp` ranks of a row-parallel layer's `elements` outputs."""
+    out = elements * item // (tp if sequence_parallel else 1)
+    return Part("residual branch", out, out, elements * item if sequence_parallel else 0, keeps_input=False)
+
+
+def embedding_footprint(elements: int, weight: int, item: int, tp: int, sequence_parallel: bool) -> Part:
+    """Bytes of the embedding of tokens as `elements` elements, from this rank's rows of `weight` elements."""
+    whole = elements * item
+    out = whole // (tp if sequence_parallel else 1)
+    forward = whole if tp == 1 else 2 * whole + (out if sequence_parallel else whole)
+    backward = weight * item + (0 if tp == 1 else 2 * whole if sequence_parallel else whole)
+    return Part("residual stream", out, forward, backward, keeps_input=False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megasp.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
+from megasp.footprint import Part
 from megasp.model.matmul import linear
 from megasp.parallel_state import Axis
 
@@ -44,8 +45,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             dhidden[part] = linear(dlogits, weight.t())
             if ctx.needs_input_grad[1]:  # a frozen head has no third product
-                part_dweight = linear(dlogits.t(), rows[part].t())
-                dweight = part_dweight if dweight is None else dweight.to(wide).add_(part_dweight)
+                product = linear(dlogits.t(), rows[part].t())
+                if dweight is None:
+                    dweight = product.to(wide) if chunk < rows.shape[0] else product
+                else:
+                    dweight.add_(product)
+                del product
+            del dlogits  # before the next chunk makes its own
         if dhidden is not None:
             if dweight is not None and not fp16:
                 # Without the loss's divisor the sum over many rows may be too large for fp16.
@@ -84,6 +90,7 @@ def _chunk_loss(
         largest[rows] = part.amax(1)
         total[rows] = part.sub_(largest[rows, None]).exp_().sum(1)
         logits[rows] = part  # which it already is where the dtypes are the same
+        del part
     statistics = torch.stack((largest, total, target))
     every_largest, every_total, every_target = start_all_gather(statistics[None], axis).wait().unbind(1)
     full_largest = every_largest.amax(0)
@@ -122,3 +129,18 @@ def linear_cross_entropy(
         A scalar, the same on every rank of the axis. It may be differentiated once.
     """
     return _LinearCrossEntropy.apply(hidden, weight, labels, mask, axis, sequence_parallel, torch.is_grad_enabled())
+
+
+def loss_footprint(rows: int, size: int, vocabulary: int, item: int, split: int = 1) -> Part:
+    """Bytes of head and loss: `rows` rows of `size` features, of which each of `split` ranks holds a shard, and this
+    rank's `vocabulary` rows of the head."""
+    wide = max(item, 4)
+    chunk = min(rows, max(1, CHUNK_BYTES // (vocabulary * item)))
+    hidden, weight = rows * size * item, vocabulary * size * item
+    total = vocabulary * size * wide if chunk < rows else weight
+    product = weight if chunk < rows or item < wide else 0
+    logits = chunk * vocabulary * (item + (wide if item < wide else 0))
+    products = chunk * (vocabulary + size) * item + product
+    forward = hidden * (1 + (split > 1)) + total + max(logits, products)
+    kept = {"head's gradients": hidden + weight}
+    return Part("loss", wide, forward, max(hidden // split if split > 1 else 0, wide), kept, keeps_input=False)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megasp.footprint import Part
 from megasp.model.init import Factory
 from megasp.model.layers import ONE_RANK, replicated
 from megasp.parallel_state import Axis
@@ -84,3 +85,16 @@ class Norm(nn.Module):
         if self.bias is None:
             return _RMSNorm.apply(x, self.weight, self.epsilon)
         return _LayerNorm.apply(x, self.weight, self.bias, self.epsilon)
+
+
+def norm_footprint(kind: str, rows: int, size: int, item: int, name: str) -> Part:
+    """Bytes of the norm of `rows` rows of `size` elements of `item` bytes."""
+    wide = max(item, 4)
+    x, wide_x, narrow = rows * size * item, rows * size * wide, item < wide
+    if kind == "RMSNorm":
+        kept, forward = {"statistics": rows * wide}, x + 2 * wide_x * narrow
+        backward = (4 if narrow else 3) * wide_x
+    else:
+        kept, forward = {"statistics": 2 * rows * wide}, x + 2 * wide_x * narrow
+        backward = x + 3 * wide_x * narrow
+    return Part(name, x, forward, backward, kept)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megasp.config.schema import ModelConfig
+from megasp.footprint import Part
 
 LLAMA3_LOW_FREQUENCY_FACTOR = 1.0
 LLAMA3_HIGH_FREQUENCY_FACTOR = 4.0
@@ -112,3 +113,14 @@ def rotate_(x: Tensor, heads: int, head_dim: int, table: tuple[Tensor, Tensor]) 
         table: `cos_sin` of the positions that this rank holds.
     """
     return _RotateInPlace.apply(x, heads, head_dim, *table)
+
+
+def rotary_footprint(qkv: int, rotating: int) -> Part:
+    """Bytes of rotating `rotating` bytes of heads within a fused tensor of `qkv` bytes; the tables are of the model."""
+    working = 3 * rotating // 2
+    return Part("q, k, v", None, working, qkv + working, keeps_input=False)
+
+
+def tables_footprint(config: ModelConfig, positions: int, item: int) -> int:
+    """Bytes of the tables of cos and sin."""
+    return positions * len(frequencies(config)) * 2 * item if config.position_embedding_type == "rope" else 0

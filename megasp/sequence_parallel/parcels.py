@@ -54,7 +54,7 @@ class Partial:
 
     def __init__(self, q: Tensor) -> None:
         wide = torch.promote_types(q.dtype, torch.float32)
-        self.out = torch.zeros(q.shape, dtype=wide, device=q.device)
+        self.out = torch.zeros_like(q, dtype=wide)  # in q's order of dims, which the next layer takes without a copy
         self.lse = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
 
     def merge(self, out: Tensor, lse: Tensor, index: tuple[slice, ...] = ()) -> None:

@@ -69,7 +69,9 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
             last=stage.last,
             sequence_parallel=config.parallel.sequence_parallel,
             attend=SequenceAttention(state, held, kernel, context.ring_mode, mask, chunks),
-            recompute=config.training.recompute_granularity,
+            recompute=config.activations.recompute,
+            tiled_mlp=config.activations.tiled_mlp,
+            offloaded_layers=config.activations.offloaded(len(stage.layers)),
             factory=Factory(state.device, dtype, config.training.seed),
         )
         for stage in split(config)

@@ -12,16 +12,17 @@ from megasp.training.build import Training
 def expected(training: Training, microbatches: Sequence[Batch]) -> dict[str, Traffic]:
     """Axis -> what a training step on these microbatches sends over it, for the ulysses and the ring axis.
 
-    Recomputing a layer repeats its forward; all but attention repeats what Ulysses exchanges, not the ring's.
+    Recomputing a layer repeats its forward; what the granularity says of each axis.
     """
     state, model = training.state, training.config.model
-    recompute = training.config.training.recompute_granularity
-    repeats = {"ulysses": 1 + (recompute is not None), "ring": 1 + (recompute == "full")}
+    recompute = training.config.activations.recompute
+    repeats = recompute.attention_runs()
     heads, kv_heads = (max(1, count // state.tp.size) for count in (model.num_attention_heads, model.kv_heads))
     dtype = training.dtype
     stages = training.pipeline.stages.values()
     layers, attend = sum(len(stage.layers) for stage in stages), next(iter(stages)).attend
     chunks = attend.attention.chunks
+    again = sum(len(group) for stage in stages for group, does in recompute.groups(len(stage.layers)) if does)
     totals = {axis: Traffic() for axis in repeats}
     for batch in microbatches:
         samples, tokens = batch.tokens.shape
@@ -33,7 +34,7 @@ def expected(training: Training, microbatches: Sequence[Batch]) -> dict[str, Tra
             "ring": ring_traffic(shape, work, ulysses.size, ulysses.rank, state.ring.rank, chunks),
         }
         for axis, (forward, backward) in of_layer.items():
-            totals[axis].add_all(forward, repeats[axis] * layers)
+            totals[axis].add_all(forward, layers + (repeats[axis] - 1) * again)
             totals[axis].add_all(backward, layers)
     return totals
 

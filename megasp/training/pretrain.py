@@ -36,7 +36,9 @@ from megasp.training.datasets import (
 )
 from megasp.training.devices import peak_tflops
 from megasp.training.learning_rate import learning_rate
-from megasp.training.metrics import Metrics, Run
+from megasp.training.memory import account
+from megasp.training.memory import table as memory_table
+from megasp.training.metrics import Metrics, Run, peak_memory_gib
 from megasp.training.resume import Progress
 from megasp.training.saving import Checkpoints
 from megasp.training.step import StepResult, evaluate, train_step
@@ -163,8 +165,23 @@ class _Loop:
             if reason and not last:
                 log.info(f"stopping after step {progress.step}: {reason}")
                 break
+        self._report_memory()
         _say_what_next(config, progress, train_steps)
         return progress
+
+    def _report_memory(self) -> None:
+        """The account of memory beside what was measured."""
+        state = self.training.state
+        on_gpu = state.device.type == "cuda"
+        name = "measured" if on_gpu else "resident memory"
+        measured = {name: [round(peak_memory_gib(state.device) * 2**30)]}
+        log.info("memory of rank 0 at the fullest moment of a step, by the account of `megasp memory`, and measured")
+        for line in memory_table(
+            [account(self.training.config, state.layout, state.pp.rank, state.device.type)], measured
+        ):
+            log.info("  " + line)
+        if not on_gpu:
+            log.info("  (a CPU tells the whole process's: Python, libraries, corpus and freed memory are in it, too)")
 
     def _trace_file(self, step: int, steps: int) -> str | None:
         """Where --trace writes what happens in step number `step` of this run: its second, as the first warms up."""

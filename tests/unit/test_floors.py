@@ -12,7 +12,7 @@ FILES = sorted([*ROOT.glob("megasp/**/*.py"), ROOT / "pretrain_gpt.py"])
 FLOORS = [
     ["megasp.errors", "megasp.config", "megasp.log", "megasp"],
     ["megasp.process_group"],
-    ["megasp.parameters", "megasp.parallel_state", "megasp.shard_map", "megasp.data"],
+    ["megasp.parameters", "megasp.parallel_state", "megasp.shard_map", "megasp.footprint", "megasp.data"],
     ["megasp.pipeline.schedules", "megasp.pipeline.simulate"],
     ["megasp.collectives", "megasp.local_ranks"],
     ["megasp.model.init", "megasp.model.layers", "megasp.model.loss", "megasp.sequence_parallel"],
@@ -20,8 +20,8 @@ FLOORS = [
     ["megasp.data_parallel", "megasp.pipeline"],
     ["megasp.checkpoints", "megasp.huggingface"],
     ["megasp.training"],
-    ["megasp.verify_order"],
-    ["megasp.verify", "megasp.generate", "megasp.doctor"],
+    ["megasp.verify_order", "megasp.dry_run"],
+    ["megasp.verify", "megasp.generate", "megasp.doctor", "megasp.memory"],
     ["megasp.cli"],
     ["pretrain_gpt"],
 ]

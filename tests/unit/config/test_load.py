@@ -39,9 +39,9 @@ def other_value(group: type, field: dataclasses.Field[Any]) -> Any:
     if hint is bool:
         return not field.default
     if field.metadata["choices"]:
-        return next(
-            c for c in field.metadata["choices"][::-1] if c != field.default or len(field.metadata["choices"]) == 1
-        )
+        choices = field.metadata["choices"]
+        chosen = next(c for c in choices[::-1] if c != field.default or len(choices) == 1)
+        return (chosen,) if typing.get_origin(hint) is tuple else chosen
     if typing.get_origin(hint) is tuple:
         return (3, 5, 7) if typing.get_args(hint)[0] is int else ("a", "b c")
     inner = next((part for part in typing.get_args(hint) if part is not type(None)), hint)

@@ -66,9 +66,9 @@ def test_translate() -> None:
         ("--encoder-seq-length 128 --bf16", "--seq-length 128 --bf16"),
         ("--encoder-seq-length=128", "--seq-length 128"),
         ("--transformer-impl=local --lr=1", "--lr=1"),
-        ("--recompute-method uniform --recompute-num-layers 1", ""),
         ("--use-torch-fsdp2", "--data-parallel-sharding-strategy optim_grads_params"),
         ("--use-distributed-optimizer --overlap-param-gather", "--use-distributed-optimizer"),
+        ("--recompute-activations --bf16", "--recompute-granularity selective --bf16"),
     ],
 )
 def test_translated(given: str, expected: str) -> None:
@@ -80,7 +80,7 @@ def test_translated(given: str, expected: str) -> None:
     [
         ("--bf16 --init-model-with-meta-device", "--init-model-with-meta-device is not supported: weights are"),
         ("--fp8-format=hybrid", "--fp8-format is not supported"),
-        ("--recompute-method block", "--recompute-method is block: the value supported is uniform"),
+        ("--distribute-saved-activations", "--distribute-saved-activations is not supported: --sequence-parallel"),
         ("--dataloader-type cyclic", "--dataloader-type is cyclic"),
         ("--data-cache-path --bf16", "--data-cache-path: it takes a value"),
         ("--use-flash-attn=true", "--use-flash-attn true: it is a switch"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megasp.config.recompute import Recompute
 from megasp.config.schema import ModelConfig
 from megasp.model import Factory, GPTModel
 from megasp.model.flops import parameter_count
@@ -134,7 +135,7 @@ def test_recompute_gives_the_same_gradients() -> None:
     config, samples = dropping(), torch.tensor([7, 4])
     tokens, labels, mask = batch(config)
     found, kept = [], []
-    for recompute in (None, "full"):
+    for recompute in (Recompute(), Recompute("full")):
         ours, sizes = model(config, recompute=recompute), []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
             total = ours(tokens, labels, mask, samples=samples)

@@ -1,0 +1,104 @@
+"""The rules of recompute, tiling and offloading of activations: what excludes what, and what would do nothing."""
+
+from megasp.config.layout import Layout
+from megasp.config.schema import Config
+from megasp.errors import ConfigError
+
+
+def check(config: Config, layout: Layout) -> None:
+    """Refuse options that contradict each other or do nothing.
+
+    Raises:
+        ConfigError: the first of them.
+    """
+    _recompute(config)
+    _tiles(config, layout)
+    _offload(config)
+
+
+def _recompute(config: Config) -> None:
+    options = config.activations
+    granularity = options.recompute_granularity
+    for flag, value in (
+        ("--recompute-method", options.recompute_method),
+        ("--recompute-num-layers", options.recompute_num_layers),
+    ):
+        if value is not None and granularity is None:
+            raise ConfigError(
+                f"{flag} {value} without --recompute-granularity", "nothing is recomputed", f"leave {flag} out"
+            )
+    if options.recompute_modules and granularity != "selective":
+        raise ConfigError(
+            f"--recompute-modules with recompute-granularity {granularity}",
+            "modules are named for selective recompute",
+            "add --recompute-granularity selective",
+        )
+    recompute = config.activations.recompute
+    if recompute.method == "uniform" and recompute.num_layers > 1 and granularity != "full":
+        raise ConfigError(
+            f"--recompute-num-layers {recompute.num_layers} with --recompute-granularity {granularity}",
+            "groups of layers that keep one input are recomputed in full",
+            "use --recompute-method block or alternate, or --recompute-granularity full",
+        )
+
+
+def _tiles(config: Config, layout: Layout) -> None:
+    tiles = config.activations.tiled_mlp
+    if tiles == 1:
+        return
+    split = layout.tp if config.parallel.sequence_parallel else 1
+    positions = config.training.seq_length // layout.cp // split
+    if tiles > positions:
+        raise ConfigError(
+            f"--tiled-mlp {tiles} on {positions} positions of a rank",
+            "a tile holds at least one",
+            f"use --tiled-mlp {positions}",
+        )
+    inner = [name for name in ("mlp", "mlp_act") if config.activations.recompute.does(name)]
+    if inner:
+        raise ConfigError(
+            f"--tiled-mlp {tiles} with --recompute-modules {' '.join(inner)}",
+            "a tiled MLP keeps its input alone as it is",
+            f"leave {' and '.join(inner)} out",
+        )
+    if config.pipeline.schedule in ("zb-h1", "zbv"):
+        raise ConfigError(
+            f"--tiled-mlp {tiles} with --pipeline-schedule {config.pipeline.schedule}",
+            "weight gradients that are put off keep all tiles, which tiling is to avoid",
+            "use 1f1b or interleaved, or leave --tiled-mlp out",
+        )
+
+
+def _offload(config: Config) -> None:
+    options = config.activations
+    if options.cpu_offloading_num_layers is not None and not options.cpu_offloading_activations:
+        raise ConfigError(
+            f"--cpu-offloading-num-layers {options.cpu_offloading_num_layers} without --cpu-offloading-activations",
+            "nothing is offloaded",
+            "add --cpu-offloading-activations, or leave it out",
+        )
+    if not options.cpu_offloading_activations:
+        return
+    recompute = config.activations.recompute
+    kept = [name for name in ("layernorm", "mlp_act") if recompute.does(name)]
+    kept += ["all-but-attention"] if recompute.granularity == "all-but-attention" else []
+    if kept:
+        raise ConfigError(
+            f"--cpu-offloading-activations with recompute of {' and '.join(kept)}",
+            "that keeps what it recomputes from on the device",
+            "use --recompute-granularity full, or selective with core_attn or mlp, or none",
+        )
+
+
+def check_device(config: Config, device: str) -> None:
+    """Refuse what needs a GPU.
+
+    Raises:
+        ConfigError: offloading on a CPU.
+    """
+    if config.activations.cpu_offloading_activations and device == "cpu":
+        raise ConfigError(
+            "--cpu-offloading-activations on a CPU",
+            "activations are in the host's memory there as they are",
+            "leave it out, or use --recompute-granularity full or --tiled-mlp",
+        )

@@ -1,0 +1,213 @@
+"""What a stage of the model holds, in bytes: weights, and the activations of one microbatch, layer by layer.
+
+Every Function states its own bytes beside its code; here they are put together as `gpt.py` and `block.py` run them.
+"""
+
+from dataclasses import dataclass, replace
+
+from megasp.config.recompute import Recompute
+from megasp.config.schema import ModelConfig
+from megasp.footprint import Footprint, Part, as_part, chain, joined, recomputed
+from megasp.model.activations import activation_footprint
+from megasp.model.dropout import dropout_footprint
+from megasp.model.layers import embedding_footprint, linear_footprint, sum_footprint
+from megasp.model.loss import loss_footprint
+from megasp.model.norm import norm_footprint
+from megasp.model.rotary import rotary_footprint, tables_footprint
+from megasp.model.tiles import tiled_footprint
+from megasp.sequence_parallel.memory import AttentionSizes, attention_parts
+
+STREAM = "residual stream"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One microbatch on one rank.
+
+    Attributes:
+        tokens: of all its samples, on this rank before tensor parallelism splits them.
+        samples: B.
+        item: bytes of an element in the compute dtype.
+        tp: tensor-parallel ranks; `sequence_parallel`: they split the residual stream, too.
+        attention: how attention is split; its heads are this tensor-parallel rank's.
+        dropout: whether dropout is on.
+        tiles: of the MLP.
+    """
+
+    tokens: int
+    samples: int
+    item: int
+    tp: int
+    sequence_parallel: bool
+    attention: AttentionSizes
+    tiles: int = 1
+
+    @property
+    def split(self) -> int:
+        """Ranks that share the residual stream."""
+        return self.tp if self.sequence_parallel else 1
+
+    @property
+    def rows(self) -> int:
+        """Tokens of the residual stream on this rank."""
+        return self.tokens // self.split
+
+
+def layer_parameters(model: ModelConfig, tp: int) -> int:
+    """Elements that one rank of `tp` holds of a layer."""
+    d, ffn, head = model.hidden_size, model.mlp_size // tp, model.head_dim
+    heads, kv = model.num_attention_heads // tp, max(1, model.kv_heads // tp)
+    qkv, up = (heads + 2 * kv) * head, ffn * (2 if model.swiglu else 1)
+    per_norm = 2 if model.normalization == "LayerNorm" else 1
+    norms = per_norm * (2 * d + model.qk_layernorm * 2 * head)
+    biases = model.qkv_bias * qkv + model.add_bias_linear * (up + 2 * d)
+    return d * (qkv + heads * head + up + ffn) + norms + biases
+
+
+def end_parameters(model: ModelConfig, tp: int, first: bool, last: bool) -> dict[str, int]:
+    """Elements of what is beside the layers: embedding, positions, final norm, head (none of its own where it is tied
+    to an embedding that is here)."""
+    table, d = model.padded_vocab_size // tp * model.hidden_size, model.hidden_size
+    learned = first and model.position_embedding_type == "learned_absolute"
+    own_head = last and (model.untie_embeddings_and_output_weights or not first)
+    counts = {
+        "embedding": first * table,
+        "positions": learned * (model.max_position_embeddings or 1024) * d,
+        "final norm": last * d * (2 if model.normalization == "LayerNorm" else 1),
+        "head": own_head * table,
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def _norm(model: ModelConfig, sizes: Sizes, remade: bool = False) -> Part:
+    part = norm_footprint(model.normalization, sizes.rows, model.hidden_size, sizes.item, "norm output")
+    return replace(part, remade=remade)
+
+
+def _attention(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[Part]:
+    attention, item = sizes.attention, sizes.item
+    gather = sizes.split
+    width = (attention.heads + 2 * attention.kv_heads) * attention.head_dim
+    parts = [
+        _norm(model, sizes, recompute.does("layernorm")),
+        linear_footprint("q, k, v", sizes.rows, model.hidden_size, width, item, gather),
+    ]
+    heads = sizes.tokens * (attention.heads + attention.kv_heads)
+    if model.qk_layernorm:
+        normed = norm_footprint(model.normalization, heads, model.head_dim, item, "q, k, normed")
+        parts.append(normed)
+    if model.position_embedding_type == "rope":
+        rotating = heads * (int(model.head_dim * model.rotary_percent) // 2 * 2) * item
+        parts.append(rotary_footprint(attention.qkv, rotating))
+    inner = attention_parts(attention)
+    if recompute.does("core_attn"):
+        parts.append(as_part(chain(inner, attention.qkv, "q, k, v"), attention.qkv, "attention output"))
+    else:
+        parts += inner
+    hidden = attention.heads * attention.head_dim
+    parts.append(linear_footprint("residual branch", sizes.tokens, hidden, model.hidden_size, item))
+    return [*parts, *_branch_end(model, sizes), *_dropout(model, sizes)]
+
+
+def _branch_end(model: ModelConfig, sizes: Sizes) -> list[Part]:
+    """What follows a row-parallel product: sum over ranks, and bias."""
+    elements, parts = sizes.rows * model.hidden_size, []
+    if sizes.tp > 1:
+        parts.append(sum_footprint(sizes.tokens * model.hidden_size, sizes.item, sizes.tp, sizes.sequence_parallel))
+    if model.add_bias_linear:
+        out = elements * sizes.item
+        parts.append(Part("residual branch", out, out, keeps_input=False))
+    return parts
+
+
+def _dropout(model: ModelConfig, sizes: Sizes) -> list[Part]:
+    return [dropout_footprint(sizes.rows * model.hidden_size, sizes.item)] if model.hidden_dropout else []
+
+
+def _mlp(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[Part]:
+    stream, item = sizes.rows * model.hidden_size * sizes.item, sizes.item
+    ffn = model.mlp_size // sizes.tp
+    up = ffn * (2 if model.swiglu else 1)
+    if sizes.tiles > 1:
+        tile = replace(sizes, tokens=sizes.tokens // sizes.tiles, tiles=1)
+        parts = _mlp(replace(model, hidden_dropout=0.0), tile, Recompute())
+        inner = chain(parts, stream // sizes.tiles, STREAM)
+        whole = tiled_footprint(inner, stream, sizes.tiles, model.hidden_size * (up + ffn), item)
+        return [whole, *_dropout(model, sizes)]
+    act = activation_footprint(model, sizes.tokens * ffn * item)
+    norm = _norm(model, sizes, recompute.does("layernorm"))
+    mlp = [
+        linear_footprint("MLP hidden", sizes.rows, model.hidden_size, up, item, sizes.split),
+        replace(act, remade=recompute.does("mlp_act")),
+        linear_footprint("residual branch", sizes.tokens, ffn, model.hidden_size, item),
+    ]
+    end, dropped = _branch_end(model, sizes), _dropout(model, sizes)
+    if not recompute.does("mlp"):
+        return [norm, *mlp, *end, *dropped]
+    if recompute.does("layernorm"):
+        inner = chain([_norm(model, sizes), *mlp, *end], stream, STREAM)
+        return [as_part(inner, stream, "residual branch"), *dropped]
+    return [norm, as_part(chain([*mlp, *end], stream, "norm output"), stream, "residual branch"), *dropped]
+
+
+def layer_footprint(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> Footprint:
+    """A layer that recomputes as `recompute` says, one layer at a time."""
+    stream = sizes.rows * model.hidden_size * sizes.item
+    halves = [chain(half(model, sizes, recompute), stream, STREAM, residual=True) for half in (_attention, _mlp)]
+    layer = joined(halves)
+    if recompute.granularity == "full":
+        return recomputed(layer, stream, name=STREAM)
+    if recompute.granularity == "all-but-attention":
+        attend = next(part for part in attention_parts(sizes.attention) if part.keeps_output)
+        also = {attend.name: attend.output or 0, **attend.kept}
+        return recomputed(layer, stream, also, STREAM)
+    return layer
+
+
+def stage_layers(
+    model: ModelConfig, sizes: Sizes, recompute: Recompute, layers: int, offloaded: int = 0
+) -> list[Footprint]:
+    """The layers of a stage, those that are recomputed together as one; the first `offloaded` keep theirs on the host.
+
+    Of these the last one's is on the device, too; two layers' are while a forward runs, and while a backward does.
+    """
+    plain = layer_footprint(model, sizes, Recompute())
+    single = layer_footprint(model, sizes, recompute)
+    stream = sizes.rows * model.hidden_size * sizes.item
+    found: list[Footprint] = []
+    away: list[tuple[int, Footprint, int]] = []
+    for group, again in recompute.groups(layers):
+        if not again:
+            found.append(plain)
+        elif len(group) == 1:
+            found.append(single)
+        else:
+            found.append(recomputed(joined([plain] * len(group)), stream, name=STREAM))
+        if group.start < offloaded:
+            before = found[-2].total if len(found) > 1 else 0
+            away.append((len(found) - 1, found[-1], before))
+    for index, piece, before in away[:-1]:
+        found[index] = replace(
+            piece, kept={}, forward=piece.forward + before, backward=piece.backward + before, host=piece.total
+        )
+    return found
+
+
+def first_footprint(model: ModelConfig, sizes: Sizes) -> Footprint:
+    """The embedding."""
+    elements = sizes.tokens * model.hidden_size
+    table = model.padded_vocab_size // sizes.tp * model.hidden_size
+    parts = [embedding_footprint(elements, table, sizes.item, sizes.tp, sizes.sequence_parallel)]
+    return chain([*parts, *_dropout(model, sizes)], 8 * sizes.tokens, "token ids")
+
+
+def last_footprint(model: ModelConfig, sizes: Sizes) -> Footprint:
+    """The final norm, the head and the loss."""
+    d, stream = model.hidden_size, sizes.rows * model.hidden_size * sizes.item
+    loss = loss_footprint(sizes.tokens, d, model.padded_vocab_size // sizes.tp, sizes.item, sizes.split)
+    return chain([_norm(model, sizes), loss], stream, STREAM)
+
+
+def tables(model: ModelConfig, sizes: Sizes) -> int:
+    """Rotary tables, which the layers of a stage share, of one microbatch."""
+    return tables_footprint(model, sizes.tokens // sizes.samples, sizes.item)

@@ -1,0 +1,80 @@
+"""What attention over a split sequence holds, in bytes, as parts of a layer."""
+
+from dataclasses import dataclass
+
+from megasp.config.heads import head_shares
+from megasp.footprint import Part
+from megasp.sequence_parallel.attention import head_parts
+
+
+@dataclass(frozen=True)
+class AttentionSizes:
+    """One attention on one rank: `tokens` of all its samples, its heads before Ulysses splits them, bytes an element,
+    the axes that split the sequence; whether the scores exist, and whether some of them are dropped."""
+
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    item: int
+    samples: int = 1
+    ulysses: int = 1
+    ulysses_rank: int = 0
+    ring: int = 1
+    comm: str = "p2p"
+    unfused: bool = False
+    dropout: bool = False
+
+    @property
+    def qkv(self) -> int:
+        return self.tokens * (self.heads + 2 * self.kv_heads) * self.head_dim * self.item
+
+
+def attention_parts(sizes: AttentionSizes) -> list[Part]:
+    """From the fused q, k, v to attention's output on the same tokens."""
+    split = Part("q, k, v", None, 0, sizes.qkv, keeps_input=False)  # heads apart: a view, whose gradient is not
+    if sizes.ulysses == 1:
+        return [split, _attend(sizes, sizes.tokens, sizes.heads, sizes.kv_heads)]
+    share = head_shares(sizes.heads, sizes.kv_heads, sizes.ulysses)[sizes.ulysses_rank]
+    queries, kv, _ = share.sizes
+    tokens, head = sizes.tokens * sizes.ulysses, sizes.head_dim * sizes.item
+    received = tokens * (queries + 2 * kv) * head
+    others = (sizes.ulysses - 1) / sizes.ulysses
+    copies = 2 * tokens * kv * head if sizes.ulysses > sizes.kv_heads else 0
+    exchange = Part(
+        "q, k, v of Ulysses", received, received + int(others * sizes.qkv),
+        sizes.qkv + int(others * sizes.qkv) + 2 * copies, keeps_input=False,
+    )  # fmt: skip
+    repeated = share.kv_of_queries(sizes.heads // sizes.kv_heads) is not None
+    out = sizes.tokens * sizes.heads * head
+    back = Part(
+        "attention output", out, out + int(others * out), tokens * queries * head + int(others * out), keeps_input=False
+    )
+    return [split, exchange, _attend(sizes, tokens, queries, queries if repeated else kv), back]
+
+
+def _attend(sizes: AttentionSizes, tokens: int, heads: int, kv_heads: int) -> Part:
+    """Attention of `tokens` tokens with the heads that this rank computes."""
+    wide = max(4, sizes.item)
+    q, kv = (tokens * n * sizes.head_dim * sizes.item for n in (heads, 2 * kv_heads))
+    lse = tokens * heads * wide
+    kept, forward, backward = {"statistics": lse}, q + lse, q + kv + lse
+    if sizes.unfused:
+        # In matrices of scores: forward they and the probabilities, backward probabilities and two of gradients; with
+        # dropout its factors, and what they are made of, three times 64 bits. All else is copied wide.
+        matrix = tokens * heads * (tokens // sizes.samples) * wide // sizes.ring**2
+        mixing = 24 * matrix // wide if sizes.dropout else 0
+        copies = 8 * q // sizes.item * wide
+        forward += 2 * matrix + mixing + copies // 2
+        backward += max((3 + 2 * sizes.dropout) * matrix, matrix + mixing) + copies
+    if sizes.ring > 1:
+        # Partial sums are wide. Of keys and values there are those that travel, those in use, and a copy of one's own.
+        wide_q, wide_kv = q // sizes.item * wide, kv // sizes.item * wide
+        parts = head_parts(sizes.heads, sizes.kv_heads, sizes.ulysses, sizes.ulysses_rank)
+        some = parts if sizes.comm == "all_gather" else 1
+        travelling = {"p2p": 3, "lightseq": 3, "all_gather": 1 + 2 * (sizes.ring - 1)}[sizes.comm] * kv // some
+        block = (q + wide_q) // (1 if sizes.comm == "lightseq" else 2) // some
+        forward = wide_q + 2 * lse + travelling + max(block, q)
+        moved = 2 * (2 * q + lse) if sizes.comm == "lightseq" else 0
+        backward = wide_q + 3 * wide_kv + travelling + (q + kv) // 2 + moved
+    return Part("attention output", q, forward, backward, kept, keeps_output=True)

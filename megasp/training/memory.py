@@ -1,0 +1,191 @@
+"""The account of memory: what each rank holds at the fullest moment of a step, by component, in closed form.
+
+Every part of the program states its own bytes beside its code (`*_footprint`, `state_bytes`); here they are added up
+for a rank of a layout. Beside these a GPU holds its context, the libraries' workspaces and what its allocator cannot
+use: some 1 to 3 GB.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megasp.config.context_parallel import split_context
+from megasp.config.kernels import choose_kernel
+from megasp.config.layout import Layout
+from megasp.config.schema import Config
+from megasp.config.stages import Stage, split
+from megasp.data_parallel.memory import StateBytes, state_bytes
+from megasp.model import memory as model_memory
+from megasp.model.memory import Sizes
+from megasp.pipeline.memory import Peak, StageBytes, peak
+from megasp.pipeline.schedules import placement, schedule
+from megasp.sequence_parallel.memory import AttentionSizes
+
+
+@dataclass(frozen=True)
+class Account:
+    """Bytes of one rank.
+
+    Attributes:
+        rank: a rank of this kind; `pipeline_rank`: its place in the pipeline.
+        states: what it holds all the time.
+        peak: the fullest moment of its step.
+        layer: kind -> what a layer keeps of one microbatch.
+        tokens: of one microbatch on this rank.
+        host: bytes of activations on the host at that moment.
+    """
+
+    rank: int
+    pipeline_rank: int
+    states: StateBytes
+    peak: Peak
+    layer: dict[str, int]
+    tokens: int
+    host: int
+
+    @property
+    def static(self) -> int:
+        """What is held all the time."""
+        s = self.states
+        gradients = 0 if s.growing else s.gradients
+        return s.parameters + s.masters + gradients + s.optimizer
+
+    @property
+    def total(self) -> int:
+        """At the fullest moment of the step."""
+        passes = self.static + self.states.buffers + self.peak.total
+        return max(passes, self.static + (self.states.gradients if self.states.growing else 0))
+
+    @property
+    def fullest(self) -> str:
+        """The action at whose time most is held, such as 0B3: the backward of microbatch 3 on stage 0."""
+        return str(self.peak.action)
+
+    def rows(self) -> list[tuple[str, int]]:
+        """Component -> bytes, which add up to `total`."""
+        s, p = self.states, self.peak
+        rows = {
+            "parameters": s.parameters,
+            "master weights": s.masters,
+            "gradients": p.gradients if s.growing else s.gradients,
+            "optimizer states": s.optimizer,
+            "sharding buffers": s.buffers,
+            "kept activations": p.activations,
+            "working memory": p.working,
+            "pipeline messages": p.messages,
+        }
+        rows["optimizer step"] = self.total - sum(rows.values())
+        return [(name, size) for name, size in rows.items() if size]
+
+
+def account(
+    config: Config,
+    layout: Layout,
+    pipeline_rank: int = 0,
+    device: str = "cuda",
+    zero: int | None = None,
+    gradient_item: int | None = None,
+) -> Account:
+    """The account of the ranks at one place of the pipeline. Ranks that differ elsewhere hold the same, but for uneven
+    heads.
+
+    Args:
+        config: validated for this layout.
+        device: whose kernels are meant.
+        zero, gradient_item: ZeRO stage, and bytes of a gradient's element, where they are not the configuration's.
+    """
+    model, training = config.model, config.training
+    sizes, plan = sizes_of(config, layout, device), config.pipeline
+    owner = placement(plan.schedule, plan.ranks, plan.chunks)
+    mine = [stage for stage in split(config) if owner[stage.number] == pipeline_rank]
+    layer = model_memory.layer_parameters(model, layout.tp)
+    ends = {stage.number: model_memory.end_parameters(model, layout.tp, stage.first, stage.last) for stage in mine}
+    elements = sum(len(stage.layers) * layer + sum(ends[stage.number].values()) for stage in mine)
+    unit = max([layer, *(count for end in ends.values() for count in end.values())])
+    gradient_item = gradient_item or (2 if getattr(training, "grad_reduce_in_bf16", False) else None)
+    shards = layout.dp_inner * layout.cp
+    zero = config.parallel.zero_stage if zero is None else zero
+    states = state_bytes(elements, unit, sizes.item, shards * layout.dp_outer, shards, zero, gradient_item)
+    growing = max(sizes.item, 4) if states.growing else 0
+    stages = {stage.number: _stage(config, sizes, stage, growing) for stage in mine}
+    steps = schedule(plan.schedule, plan.ranks, config.num_microbatches(layout), plan.chunks)
+    fullest = peak(steps, pipeline_rank, stages, sizes.rows * model.hidden_size * sizes.item)
+    live = Counter(fullest.live) + Counter([fullest.action.stage] * (fullest.action.kind == "F"))
+    host = sum(count * sum(piece.host for piece in stages[number].pieces) for number, count in live.items())
+    return Account(
+        layout.rank(dict.fromkeys(("dp_outer", "dp_inner", "ring", "ulysses", "tp"), 0) | {"pp": pipeline_rank}),
+        pipeline_rank,
+        states,
+        fullest,
+        model_memory.layer_footprint(model, sizes, config.activations.recompute).kept,
+        sizes.tokens,
+        host,
+    )
+
+
+def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
+    """The sizes of one microbatch on a rank."""
+    model, training, context = config.model, config.training, split_context(config)
+    tokens = training.micro_batch_size * training.seq_length // layout.cp
+    heads, kv_heads = (max(1, count // layout.tp) for count in (model.num_attention_heads, model.kv_heads))
+    item = 2 if training.bf16 or getattr(training, "fp16", False) else 4
+    last = layout.ulysses - 1  # where heads are uneven the last rank has most of them
+    dropout, dtype = model.attention_dropout, {2: "bfloat16", 4: "float32"}[item]
+    kernel, _ = choose_kernel(training.attention_backend, device, dtype, dropout, model.head_dim)
+    attention = AttentionSizes(
+        tokens,
+        heads,
+        kv_heads,
+        model.head_dim,
+        item,
+        training.micro_batch_size,
+        layout.ulysses,
+        last,
+        layout.ring,
+        context.ring_mode,
+        unfused=kernel == "unfused" or (kernel is None and dropout > 0),
+        dropout=dropout > 0,
+    )
+    sequence_parallel = config.parallel.sequence_parallel and layout.tp > 1
+    return Sizes(
+        tokens, training.micro_batch_size, item, layout.tp, sequence_parallel, attention, config.activations.tiled_mlp
+    )
+
+
+def _stage(config: Config, sizes: Sizes, stage: Stage, growing: int) -> StageBytes:
+    """One microbatch through a stage; `growing` is the bytes of a gradient that has no buffer."""
+    model = config.model
+    layers = model_memory.stage_layers(
+        model, sizes, config.activations.recompute, len(stage.layers), config.activations.offloaded(len(stage.layers))
+    )
+    ends = model_memory.end_parameters(model, sizes.tp, stage.first, stage.last)
+    each = model_memory.layer_parameters(model, sizes.tp)
+    pieces = [*layers]
+    gradients = [each * len(group) for group, _ in config.activations.recompute.groups(len(stage.layers))]
+    if stage.first:
+        pieces.insert(0, model_memory.first_footprint(model, sizes))
+        gradients.insert(0, ends["embedding"] + ends.get("positions", 0))
+    if stage.last:
+        pieces.append(model_memory.last_footprint(model, sizes))
+        gradients.append(ends["final norm"] + ends.get("head", 0))
+    return StageBytes(pieces, [growing * count for count in gradients], model_memory.tables(model, sizes))
+
+
+def table(accounts: Sequence[Account], measured: Mapping[str, list[int]] | None = None) -> list[str]:
+    """Accounts for a person, a column each, in GB of 10^9 bytes; `measured` are rows to stand below the sum."""
+    names = list(dict.fromkeys(name for each in accounts for name, _ in each.rows()))
+    found = [dict(each.rows()) for each in accounts]
+    rows = [(name, [held.get(name, 0) for held in found]) for name in names]
+    rows += [("sum", [each.total for each in accounts]), *(measured or {}).items()]
+    if any(each.host for each in accounts):
+        rows.append(("beside it on the host", [each.host for each in accounts]))
+    lines = [f"{'pipeline rank':22}" + "".join(f"{each.pipeline_rank:>10}" for each in accounts)]
+    lines += [f"{name:22}" + "".join(f"{size / 1e9:10.2f}" for size in sizes) + " GB" for name, sizes in rows]
+    return [*lines, f"{'fullest in':22}" + "".join(f"{each.fullest:>10}" for each in accounts)]
+
+
+def layer_table(each: Account) -> list[str]:
+    """What one layer keeps for its backward, in bytes a token of this rank."""
+    width = max(map(len, each.layer), default=0)
+    lines = [f"  {name:{width}} {size / each.tokens:10,.0f}" for name, size in each.layer.items()]
+    return [*lines, f"  {'sum':{width}} {sum(each.layer.values()) / each.tokens:10,.0f} bytes a token and layer"]

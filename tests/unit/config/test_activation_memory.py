@@ -1,0 +1,50 @@
+"""Rules of recompute, tiling and offloading: each sentence, and layers that recompute."""
+
+from typing import Any
+
+import pytest
+
+from megasp.config.load import from_values
+from megasp.config.recompute import Recompute
+from megasp.config.validate import validate
+from megasp.errors import ConfigError
+from tests.unit.config.test_validate import BASE, PP
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"recompute_method": "block"}, "--recompute-method block without --recompute-granularity"),
+        ({"recompute_num_layers": 2}, "--recompute-num-layers 2 without"),
+        ({"recompute_modules": ("mlp",)}, "--recompute-modules with recompute-granularity None"),
+        ({"recompute_granularity": "selective", "recompute_num_layers": 2}, "groups of layers"),
+        ({"tiled_mlp": 33}, "--tiled-mlp 33 on 32 positions"),
+        ({"tiled_mlp": 2, "recompute_granularity": "selective", "recompute_modules": ("mlp",)}, "keeps its input"),
+        ({"tiled_mlp": 2, "pipeline_schedule": "zb-h1", PP: 2}, "put off keep all tiles"),
+        ({"cpu_offloading_num_layers": 1}, "nothing is offloaded"),
+        ({"cpu_offloading_activations": True}, "on a CPU"),
+        ({"cpu_offloading_activations": True, "recompute_granularity": "all-but-attention"}, "on the device"),
+    ],
+)
+def test_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        validate(from_values(BASE | given), given.get(PP, 1))
+
+
+def test_offload_on_a_gpu_passes() -> None:
+    validate(from_values(BASE | {"cpu_offloading_activations": True}), 1, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("recompute", "expected"),
+    [
+        (Recompute(), "0 1 2 3 4"),
+        (Recompute("full"), "0* 1* 2* 3* 4*"),
+        (Recompute("full", num_layers=2), "01* 23* 4*"),
+        (Recompute("full", "block", 2), "0* 1* 2 3 4"),
+        (Recompute("selective", "alternate", 2), "0* 1 2* 3 4*"),
+    ],
+)
+def test_groups(recompute: Recompute, expected: str) -> None:
+    said = " ".join("".join(map(str, group)) + "*" * again for group, again in recompute.groups(5))
+    assert said == expected
