@@ -24,6 +24,9 @@ COMMANDS = {
     "pretrain": ("megasp.training.pretrain", "train a model (under torchrun: pretrain_gpt.py)"),
     "verify": ("megasp.verify", "show that layouts train exactly as one process does"),
     "schedule": ("megasp.pipeline.show", "draw a pipeline schedule, with its bubble, memory and messages"),
+    "checkpoint inspect": ("megasp.checkpoints.inspect", "what a checkpoint holds"),
+    "checkpoint verify": ("megasp.checkpoints.verify", "read every byte of checkpoints, and name what is damaged"),
+    "convert from-hf": ("megasp.checkpoints.convert_from_hf", "a Hugging Face model as a checkpoint"),
     "memory": ("megasp.memory", "what each rank will hold in memory, by component"),
     "plan": ("megasp.planner.plan", "the parallel layout that trains fastest on given GPUs, before renting them"),
     "calibrate": ("megasp.planner.calibrate", "measure this machine's rates, for megasp plan --gpu FILE"),
@@ -90,7 +93,7 @@ def _run_command(command: str, argv: Sequence[str]) -> int:
 
 def usage() -> str:
     """The list of commands."""
-    lines = [f"  {name:16} {help_text}" for name, (_, help_text) in COMMANDS.items()]
+    lines = [f"  {name:18} {help_text}" for name, (_, help_text) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: megasp COMMAND [flags]",

@@ -5,6 +5,7 @@ PyTorch's fake ones. What would be allocated is followed storage by storage, so 
 take inside themselves and for the allocator's rounding. The account of `megasp memory` is checked by it.
 """
 
+import dataclasses
 import gc
 import weakref
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from megasp import parallel_state
+from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.data import Batch
@@ -86,6 +88,7 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
     Args:
         config: validated for this layout.
     """
+    config = _kernel_of_a_gpu(config)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
         state = parallel_state.build(layout, torch.device("cpu"))
@@ -106,6 +109,15 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
             return Count(built, passes, tracker.peak)
     finally:
         dist.destroy_process_group()
+
+
+def _kernel_of_a_gpu(config: Config) -> Config:
+    """The same run with the CPU's kernel that holds as much as a GPU's would: scores with both, or with neither."""
+    training, model = config.training, config.model
+    dtype = "bfloat16" if training.bf16 else "float32"
+    name, _ = choose_kernel(training.attention_backend, "cuda", dtype, model.attention_dropout, model.head_dim)
+    backend = "unfused" if name == "unfused" else "auto"
+    return dataclasses.replace(config, training=dataclasses.replace(training, attention_backend=backend))
 
 
 @contextmanager

@@ -15,10 +15,14 @@ __all__ = ["ALIASES", "ALWAYS_ON", "ONLY", "REFUSED", "translate"]
 ALIASES: dict[str, tuple[str, ...]] = {
     "--use-rotary-position-embeddings": ("--position-embedding-type", "rope"),
     "--no-position-embedding": ("--position-embedding-type", "rope"),  # Megatron-LM takes it with rope alone
+    "--use-rope-scaling": ("--rotary-scaling", "llama3"),
+    "--rope-scaling-factor": ("--rotary-scaling-factor",),
+    "--rotary-seq-len-interpolation-factor": ("--rotary-scaling", "linear", "--rotary-scaling-factor"),
     "--encoder-num-layers": ("--num-layers",),
     "--encoder-seq-length": ("--seq-length",),
     "--layernorm-epsilon": ("--norm-epsilon",),
     "--persistent-save-interval": ("--save-interval",),
+    "--save-retain-interval": ("--keep-every",),
     "--use-torch-fsdp2": ("--data-parallel-sharding-strategy", "optim_grads_params"),
     "--recompute-activations": ("--recompute-granularity", "selective"),
 }
@@ -89,6 +93,7 @@ _ACCEPTED: tuple[tuple[int, str, str], ...] = (
     (0, "there is no generator state: randomness is a function of --seed and step", "--no-save-rng"),
     (0, "the tokenizer is the one that the flags name", "--no-use-tokenizer-model-from-checkpoint-args"),
     (0, "SIGTERM and SIGUSR1 always save and stop at the end of the step", "--exit-signal-handler"),
+    (0, "--async-save writes in a thread of each rank, which lives as long as the run", "--use-persistent-ckpt-worker"),
     (1, "results are not computed twice for validation", "--rerun-mode"),
     # Logging
     (0, _METRICS, "--log-throughput --log-progress --log-memory-to-tensorboard"),

@@ -150,9 +150,9 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--window-attn-skip-freq",
     ),
     (
-        "rotary positions are those of Llama and GPT-NeoX (--rotary-base, --rotary-percent, --use-rope-scaling), on "
+        "rotary positions are those of Llama and GPT-NeoX (--rotary-base, --rotary-percent, --rotary-scaling), on "
         "every layer",
-        "--rotary-interleaved --rotary-seq-len-interpolation-factor --no-rope-freq --mrope-section "
+        "--rotary-interleaved --no-rope-freq --mrope-section "
         "--relative-attention-num-buckets --relative-attention-max-distance",
     ),
     (
@@ -181,7 +181,7 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
     (
         "multi-latent attention is not built yet: use --group-query-attention",
         "--multi-latent-attention --q-lora-rank --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim "
-        "--rotary-scaling-factor --mscale --mscale-all-dim --cache-mla-latents",
+        "--mscale --mscale-all-dim --cache-mla-latents",
     ),
     (
         "prediction of several tokens at a time is not built yet",
@@ -268,12 +268,8 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--dist-ckpt-save-pre-mcore-014 --load-main-params-from-ckpt --no-strict-fsdp-dtensor-load",
     ),
     (
-        "saving in the background is not built yet: saving waits until the files are safe on disk",
-        "--async-save --use-persistent-ckpt-worker",
-    ),
-    (
-        "every checkpoint is kept, in --save",
-        "--save-retain-interval --non-persistent-save-interval --non-persistent-ckpt-type "
+        "there is one kind of checkpoint, in --save, of which --keep-last and --keep-every say what stays",
+        "--non-persistent-save-interval --non-persistent-ckpt-type "
         "--non-persistent-global-ckpt-dir --non-persistent-local-ckpt-dir --non-persistent-local-ckpt-algo "
         "--replication --replication-jump --replication-factor",
     ),

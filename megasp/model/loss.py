@@ -50,8 +50,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     dweight = product.to(wide) if chunk < rows.shape[0] else product
                 else:
                     dweight.add_(product)
-                del product  # before the next chunk makes its own
-            del dlogits
+                del product
+            del dlogits  # before the next chunk makes its own
         if dhidden is not None:
             if dweight is not None and not fp16:
                 # Without the loss's divisor the sum over many rows may be too large for fp16.

@@ -81,7 +81,7 @@ class _Slot:
 
     def __init__(self, storage: torch.UntypedStorage, device: torch.device, copies: Copier) -> None:
         self.copies = copies
-        self.device_bytes: Tensor | None = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)  # type: ignore[call-overload]
+        self.device_bytes: Tensor | None = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
         self.host, self.mark = copies.to_host(self.device_bytes)
         self.uses = 0
 
@@ -109,14 +109,16 @@ class _Layer:
     """What one layer put on the host, and the layer before it."""
 
     def __init__(self, before: "_Layer | None") -> None:
-        self.before, self.slots = before, dict[int, _Slot]()
+        self.before, self.slots, self.fetched = before, dict[int, _Slot](), False
 
     def let_go(self) -> None:
         for slot in self.slots.values():
             slot.let_go()
 
     def fetch(self) -> None:
-        for slot in self.slots.values():
+        """Bring it back, the first time that this is asked: what has been used since is gone again."""
+        slots, self.fetched = () if self.fetched else self.slots.values(), True
+        for slot in slots:
             slot.fetch()
 
 

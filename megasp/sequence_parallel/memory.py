@@ -60,14 +60,13 @@ def _attend(sizes: AttentionSizes, tokens: int, heads: int, kv_heads: int) -> Pa
     lse = tokens * heads * wide
     kept, forward, backward = {"statistics": lse}, q + lse, q + kv + lse
     if sizes.unfused:
-        # In matrices of scores: their product, and that made probabilities; in the backward two of gradients more. The
-        # bits of dropout are 64 wide while they are mixed.
-        keys = tokens // sizes.samples
-        matrix = tokens * heads * keys * wide
-        mixing = (24 * matrix // wide if sizes.dropout else 0) // sizes.ring**2
-        matrix //= sizes.ring**2
-        forward += matrix * 2 + mixing
-        backward += matrix * 4 + mixing
+        # In matrices of scores: forward they and the probabilities, backward probabilities and two of gradients; with
+        # dropout its factors, and what they are made of, three times 64 bits. All else is copied wide.
+        matrix = tokens * heads * (tokens // sizes.samples) * wide // sizes.ring**2
+        mixing = 24 * matrix // wide if sizes.dropout else 0
+        copies = 8 * q // sizes.item * wide
+        forward += 2 * matrix + mixing + copies // 2
+        backward += max((3 + 2 * sizes.dropout) * matrix, matrix + mixing) + copies
     if sizes.ring > 1:
         # Partial sums are wide. Of keys and values there are those that travel, those in use, and a copy of one's own.
         wide_q, wide_kv = q // sizes.item * wide, kv // sizes.item * wide

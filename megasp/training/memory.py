@@ -79,17 +79,23 @@ class Account:
 
 
 def account(
-    config: Config, layout: Layout, pipeline_rank: int = 0, zero: int | None = None, gradient_item: int | None = None
+    config: Config,
+    layout: Layout,
+    pipeline_rank: int = 0,
+    device: str = "cuda",
+    zero: int | None = None,
+    gradient_item: int | None = None,
 ) -> Account:
     """The account of the ranks at one place of the pipeline. Ranks that differ elsewhere hold the same, but for uneven
     heads.
 
     Args:
         config: validated for this layout.
+        device: whose kernels are meant.
         zero, gradient_item: ZeRO stage, and bytes of a gradient's element, where they are not the configuration's.
     """
     model, training = config.model, config.training
-    sizes, plan = sizes_of(config, layout), config.pipeline
+    sizes, plan = sizes_of(config, layout, device), config.pipeline
     owner = placement(plan.schedule, plan.ranks, plan.chunks)
     mine = [stage for stage in split(config) if owner[stage.number] == pipeline_rank]
     layer = model_memory.layer_parameters(model, layout.tp)
@@ -98,7 +104,7 @@ def account(
     unit = max([layer, *(count for end in ends.values() for count in end.values())])
     gradient_item = gradient_item or (2 if getattr(training, "grad_reduce_in_bf16", False) else None)
     shards = layout.dp_inner * layout.cp
-    zero = getattr(config.parallel, "zero_stage", 0) if zero is None else zero
+    zero = config.parallel.zero_stage if zero is None else zero
     states = state_bytes(elements, unit, sizes.item, shards * layout.dp_outer, shards, zero, gradient_item)
     growing = max(sizes.item, 4) if states.growing else 0
     stages = {stage.number: _stage(config, sizes, stage, growing) for stage in mine}
@@ -117,7 +123,7 @@ def account(
     )
 
 
-def sizes_of(config: Config, layout: Layout) -> Sizes:
+def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
     """The sizes of one microbatch on a rank."""
     model, training, context = config.model, config.training, split_context(config)
     tokens = training.micro_batch_size * training.seq_length // layout.cp
@@ -125,7 +131,7 @@ def sizes_of(config: Config, layout: Layout) -> Sizes:
     item = 2 if training.bf16 or getattr(training, "fp16", False) else 4
     last = layout.ulysses - 1  # where heads are uneven the last rank has most of them
     dropout, dtype = model.attention_dropout, {2: "bfloat16", 4: "float32"}[item]
-    kernel, _ = choose_kernel(training.attention_backend, "cuda", dtype, dropout, model.head_dim)
+    kernel, _ = choose_kernel(training.attention_backend, device, dtype, dropout, model.head_dim)
     attention = AttentionSizes(
         tokens,
         heads,
@@ -165,7 +171,7 @@ def _stage(config: Config, sizes: Sizes, stage: Stage, growing: int) -> StageByt
     return StageBytes(pieces, [growing * count for count in gradients], model_memory.tables(model, sizes))
 
 
-def table(accounts: Sequence[Account], measured: Mapping[str, Sequence[int]] | None = None) -> list[str]:
+def table(accounts: Sequence[Account], measured: Mapping[str, list[int]] | None = None) -> list[str]:
     """Accounts for a person, a column each, in GB of 10^9 bytes; `measured` are rows to stand below the sum."""
     names = list(dict.fromkeys(name for each in accounts for name, _ in each.rows()))
     found = [dict(each.rows()) for each in accounts]

@@ -40,6 +40,7 @@ from megasp.training.memory import account
 from megasp.training.memory import table as memory_table
 from megasp.training.metrics import Metrics, Run, peak_memory_gib
 from megasp.training.resume import Progress
+from megasp.training.saving import Checkpoints
 from megasp.training.step import StepResult, evaluate, train_step
 from megasp.training.stop import StopConditions
 
@@ -76,11 +77,12 @@ def _device_type(config: Config) -> str:
 def pretrain(training: Training) -> Progress:
     """Train from the start or the last checkpoint to the last step, or to a reason to stop; return how far it came."""
     config, state = training.config, training.state
-    phases = resume.data_phases(config, state.layout)
+    found = resume.find(config, state)
+    phases = resume.data_phases(config, state.layout, found)
     datasets = build_datasets(config, phases[-1])
     if config.checkpoint.save:
         checkpoints.check_writable(Path(config.checkpoint.save))
-    start = resume.resume(training)
+    start = resume.resume(training, found)
     _check_save(config, start)
     train_steps = config.train_steps(state.layout, start.step, start.samples)
     _introduce(training, datasets, phases, start, train_steps)
@@ -105,8 +107,9 @@ def pretrain(training: Training) -> Progress:
         exit_duration_in_mins=config.training.exit_duration_in_mins,
         device=state.device,
     )
-    with loader, metrics, stop:
-        return _Loop(training, datasets, phases, loader, metrics, stop).run(start, run.train_steps)
+    saves = Checkpoints(training, phases, start.step)
+    with loader, metrics, stop, saves:
+        return _Loop(training, datasets, saves, loader, metrics, stop).run(start, run.train_steps)
 
 
 class _Loop:
@@ -116,18 +119,18 @@ class _Loop:
         self,
         training: Training,
         datasets: Datasets,
-        phases: Sequence[Phase],
+        saves: Checkpoints,
         loader: Loader,
         metrics: Metrics,
         stop: StopConditions,
     ) -> None:
-        self.training, self.datasets, self.phases = training, datasets, phases
+        self.training, self.datasets, self.saves = training, datasets, saves
         self.loader, self.metrics, self.stop = loader, metrics, stop
         self.skipped = 0
 
     def run(self, progress: Progress, train_steps: int) -> Progress:
         config = self.training.config
-        saved = start = progress.step
+        start = progress.step
         while progress.step < train_steps:
             lr = learning_rate(progress.step, config.optimizer, train_steps)
             began = time.perf_counter()
@@ -151,10 +154,9 @@ class _Loop:
                 communication.report(self.training, microbatches)
             self._check_finite(progress, result)
             last = progress.step == train_steps
-            reason = self.stop.reason(progress.step)
-            interval = config.checkpoint.save_interval
-            if last or reason or (interval and progress.step % interval == 0):
-                saved = self._save(progress, saved)  # before an evaluation, which could fail or be killed
+            reason = self.stop.reason(progress.step, self.saves.failed)
+            # Before an evaluation, which could fail or be killed.
+            self.saves.after_step(progress, last=last or reason is not None)
             if config.training.eval_iters and (last or progress.step % config.training.eval_interval == 0):
                 for name, dataset in self.datasets.valid.items():
                     self.metrics.validation(progress.step, loss=self._loss_on(dataset), name=name)
@@ -174,7 +176,9 @@ class _Loop:
         name = "measured" if on_gpu else "resident memory"
         measured = {name: [round(peak_memory_gib(state.device) * 2**30)]}
         log.info("memory of rank 0 at the fullest moment of a step, by the account of `megasp memory`, and measured")
-        for line in memory_table([account(self.training.config, state.layout, state.pp.rank)], measured):
+        for line in memory_table(
+            [account(self.training.config, state.layout, state.pp.rank, state.device.type)], measured
+        ):
             log.info("  " + line)
         if not on_gpu:
             log.info("  (a CPU tells the whole process's: Python, libraries, corpus and freed memory are in it, too)")
@@ -210,13 +214,6 @@ class _Loop:
         batch = config.global_batch_size(training.state.layout)
         with build_loader(config, training.state, training.shards, dataset) as loader:
             return evaluate(training, (loader.read(step * batch) for step in range(config.training.eval_iters)))
-
-    def _save(self, progress: Progress, saved: int) -> int:
-        if self.training.config.checkpoint.save and progress.step != saved:
-            began = time.perf_counter()
-            directory = resume.save(self.training, progress, self.phases)
-            log.info(f"saved {directory} in {time.perf_counter() - began:.1f} s")
-        return progress.step
 
 
 def _metrics_file(config: Config) -> Path | None:

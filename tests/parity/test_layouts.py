@@ -43,7 +43,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt2-mha-untied-sp": {**GPT2, "sequence_parallel": True, "untie_embeddings_and_output_weights": True},
     "squared-relu-qkv-bias-partial-rotary": {
         "swiglu": False, "squared_relu": True, "add_qkv_bias": True, "rotary_percent": 0.5, "micro_batch_size": 1,
-        "use_rope_scaling": True, "hidden_dropout": 0.0,
+        "rotary_scaling": "llama3", "hidden_dropout": 0.0,
     },
     "selective-sp": {
         "recompute_granularity": "selective", "recompute_modules": ("core_attn", "layernorm", "mlp_act"),

@@ -48,11 +48,8 @@ def test_same_gradients(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     copies = Watched()
     want, got = gradients(LLAMA, **options), gradients(LLAMA, copies, **options)
     assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
-    assert copies.away and copies.away[: len(copies.away) * 3 // 4], "four layers' tensors went"
-    # The last layer's never left the device; each of the others came back once.
-    assert sorted(copies.back) == sorted(copies.away[: len(copies.back)]) and len(copies.back) * 4 == 3 * len(
-        copies.away
-    )
+    # The last layer's never left the device; each of the others came back once, the last first.
+    assert len(copies.away) >= 4 and sorted(copies.back) == sorted(copies.away[: len(copies.away) * 3 // 4])
 
 
 def test_small_tensors_and_weights_stay() -> None:
