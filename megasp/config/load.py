@@ -61,19 +61,19 @@ def load(
     source = build(Source, given)
     in_file = from_file(source)
     values = dict(defaults or {})
-    hugging_face = given.get("load_hf", from_file.get("load_hf"))
+    hugging_face = given.get("load_hf", in_file.get("load_hf"))
     if (
         source.model or source.config or hugging_face
     ):  # which say what the model is: a command's own architecture would mix with theirs
         architecture = {field.name for field in dataclasses.fields(ModelConfig)}
         values = {name: value for name, value in values.items() if name not in architecture}
-    preset = source.model or from_file.get("model")
+    preset = source.model or in_file.get("model")
     if preset and hugging_face:
         rule = "each says what the model is"
         raise ConfigError(f"--model {preset} and --load-hf {hugging_face}", rule, "leave --model out")
     values |= PRESETS[preset] if preset else {}
-    values |= read_directory(hugging_face, from_file | given) if hugging_face else {}
-    values |= from_file | given
+    values |= read_directory(hugging_face, in_file | given) if hugging_face else {}
+    values |= in_file | given
     if values.get("num_query_groups") and not values.get("group_query_attention"):
         raise ConfigError(
             f"--num-query-groups {values['num_query_groups']} without --group-query-attention",

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from megasp.config import load as config_load
-from megasp.config.flags import flag
+from megasp.config.flags import Parser, build, flag
 from megasp.config.layout import Layout
 from megasp.config.load import Source
 from megasp.config.megatron_flags import translate
-from megasp.config.presets import PRESETS
 from megasp.errors import ConfigError
 from megasp.planner import hardware, launch, longest, page, report
 from megasp.planner.search import Found, search
@@ -49,9 +48,8 @@ class PlanOptions:
 def main(argv: Sequence[str], prog: str) -> int:
     """Run the command."""
     parser = config_load.parser(prog, __doc__ or "", (PlanOptions,))
-    _, source, options, notes = config_load.load(argv, parser, PlanOptions)
-    given = _given(argv, parser, source)
-    config = config_load.from_values(_values(given, source))
+    given = _given(argv, parser)
+    config, source, options, notes = config_load.load(argv, parser, PlanOptions, _defaults(given))
     if source.print_config:
         print(config_load.to_yaml(config), end="")
         return 0
@@ -87,22 +85,18 @@ def main(argv: Sequence[str], prog: str) -> int:
     return 0
 
 
-def _given(argv: Sequence[str], parser: config_load.Parser, source: Source) -> dict[str, Any]:
+def _given(argv: Sequence[str], parser: Parser) -> dict[str, Any]:
     """Field -> value of what the user gave by flags and file, presets left out."""
     fields = {field.name for group in config_load.GROUPS.values() for field in dataclasses.fields(group)}
-    values = config_load.from_file(source) | vars(parser.parse_args(translate(argv)[0]))
+    flags = vars(parser.parse_args(translate(argv)[0]))
+    values = config_load.from_file(build(Source, flags)) | flags
     return {name: value for name, value in values.items() if name in fields}
 
 
-def _values(given: dict[str, Any], source: Source) -> dict[str, Any]:
-    preset = source.model or config_load.from_file(source).get("model")
-    values = DEFAULTS | (PRESETS[preset] if preset else {}) | given
-    for name, others in {"mock_data": ("data_path", "train_data_path"), "train_iters": ("train_samples",)}.items():
-        if any(other in given for other in others):
-            values.pop(name)
-    if "fp16" in given:
-        values.pop("bf16")
-    return values
+def _defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """`DEFAULTS`, without those that contradict what was given."""
+    others = {"mock_data": ("data_path", "train_data_path"), "train_iters": ("train_samples",), "bf16": ("fp16",)}
+    return {name: value for name, value in DEFAULTS.items() if not given.keys() & set(others.get(name, ()))}
 
 
 def _check(options: PlanOptions) -> None:
