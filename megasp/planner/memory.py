@@ -94,7 +94,7 @@ class Floor:
         counts = [len(stage.layers) for stage in split(config) if owner[stage.number] == 0]
         layer = layer_parameters(model, layout.tp)
         ends = end_parameters(model, layout.tp, True, owner[-1] == 0)
-        sizes = sizes_of(config, layout)
+        sizes = sizes_of(config, layout, "cuda")
         layers = (
             layer_footprint(model, sizes, config.activations.recompute).total
             / config.activations.recompute.num_layers
