@@ -111,7 +111,7 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
 
 
 def _kernel_of_a_gpu(config: Config) -> Config:
-    """The same run with the CPU's kernel that holds as much as a GPU's would: scores exist with both, or with neither."""
+    """The same run with the CPU's kernel that holds as much as a GPU's would: both have scores, or neither."""
     training, model = config.training, config.model
     dtype = "bfloat16" if training.bf16 else "float32"
     name, _ = choose_kernel(training.attention_backend, "cuda", dtype, model.attention_dropout, model.head_dim)
