@@ -18,7 +18,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -134,8 +135,15 @@ def _fake() -> Iterator[Tracker]:
         tracker.note(storage)
         return result
 
+    from_group = DeviceMesh.from_group
+
+    def real_mesh(*args: Any, **kwargs: Any) -> DeviceMesh:  # a mesh reads the ranks out of its tensor
+        with unset_fake_temporarily():
+            return from_group(*args, **kwargs)
+
     gc.collect()
     with (
+        mock.patch.object(DeviceMesh, "from_group", real_mesh),
         mock.patch.object(init, "initial_values", no_values),
         mock.patch.object(loss, "CACHE_BYTES", 1 << 62),
         mock.patch.object(torch.UntypedStorage, "resize_", resize_),
