@@ -128,7 +128,7 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
     model, training, context = config.model, config.training, split_context(config)
     tokens = training.micro_batch_size * training.seq_length // layout.cp
     heads, kv_heads = (max(1, count // layout.tp) for count in (model.num_attention_heads, model.kv_heads))
-    item = 2 if training.bf16 or getattr(training, "fp16", False) else 4
+    item = 2 if training.bf16 or training.fp16 else 4
     last = layout.ulysses - 1  # where heads are uneven the last rank has most of them
     dropout, dtype = model.attention_dropout, {2: "bfloat16", 4: "float32"}[item]
     kernel, _ = choose_kernel(training.attention_backend, device, dtype, dropout, model.head_dim)
@@ -171,7 +171,7 @@ def _stage(config: Config, sizes: Sizes, stage: Stage, growing: int) -> StageByt
     return StageBytes(pieces, [growing * count for count in gradients], model_memory.tables(model, sizes))
 
 
-def table(accounts: Sequence[Account], measured: Mapping[str, list[int]] | None = None) -> list[str]:
+def table(accounts: Sequence[Account], measured: Mapping[str, Sequence[int]] | None = None) -> list[str]:
     """Accounts for a person, a column each, in GB of 10^9 bytes; `measured` are rows to stand below the sum."""
     names = list(dict.fromkeys(name for each in accounts for name, _ in each.rows()))
     found = [dict(each.rows()) for each in accounts]

@@ -176,9 +176,8 @@ class _Loop:
         name = "measured" if on_gpu else "resident memory"
         measured = {name: [round(peak_memory_gib(state.device) * 2**30)]}
         log.info("memory of rank 0 at the fullest moment of a step, by the account of `megasp memory`, and measured")
-        for line in memory_table(
-            [account(self.training.config, state.layout, state.pp.rank, state.device.type)], measured
-        ):
+        expected = account(self.training.config, state.layout, state.pp.rank, state.device.type)
+        for line in memory_table([expected], measured):
             log.info("  " + line)
         if not on_gpu:
             log.info("  (a CPU tells the whole process's: Python, libraries, corpus and freed memory are in it, too)")

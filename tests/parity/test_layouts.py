@@ -45,11 +45,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "swiglu": False, "squared_relu": True, "add_qkv_bias": True, "rotary_percent": 0.5, "micro_batch_size": 1,
         "rotary_scaling": "llama3", "hidden_dropout": 0.0,
     },
-    "selective-sp": {
-        "recompute_granularity": "selective", "recompute_modules": ("core_attn", "layernorm", "mlp_act"),
+    "selective-tiled-sp": {
+        "recompute_granularity": "selective", "recompute_modules": ("core_attn", "layernorm"), "tiled_mlp": 2,
         "recompute_method": "block", "recompute_num_layers": 1, "sequence_parallel": True, "attention_dropout": 0.1,
     },
-    "tiled-sp": {"tiled_mlp": 2, "sequence_parallel": True, "recompute_granularity": "full"},
     "recompute-sp": {"recompute_granularity": "full", "sequence_parallel": True, "attention_dropout": 0.1},
 }  # fmt: skip
 

@@ -109,7 +109,7 @@ def test_calibrate(tmp_path: Path) -> None:
 
 def test_dry_run_of_sharded_weights(capsys: pytest.CaptureFixture[str]) -> None:
     """The real build and step of the answer on fake tensors: the account is not below what they allocate. (On a
-    tiny model it is 17 to 19% above for ZeRO-3, on 70B 5% for ZeRO-1: what is gathered at a time is taken at its most.)"""
+    tiny model it is 17 to 19% above for ZeRO-3, on 70B 5% for ZeRO-1: gathered weights are taken at their most.)"""
     flags = (
         "--model tiny --vocab-size 8192 --gpus 4 --global-batch-size 8 --pipeline-model-parallel-size 2 --ring-size 1"
     )
