@@ -3,11 +3,13 @@
     python benchmarks/context_parallel.py [--worlds 2 4] [--kv-heads 16 4] [--seq-length 4096] [--documents 512]
     python benchmarks/context_parallel.py --draw 8          # steps of the modes, and their balance
     python benchmarks/context_parallel.py --scale           # 65,536 tokens, ring of 8, against one process
+    python benchmarks/context_parallel.py --precision       # bf16's error over the size of the ring; a picture
 
 One row a mode, forward and backward of one attention: bytes and messages that the busiest rank sent (and that they are
 those of the closed forms), milliseconds (median), balance (mean over most (query, key) pairs of a rank), and the same
 step by step, as ranks that wait for each other see it. DeepSpeed runs if it is installed; its bytes are counted at
-torch.distributed. It refuses fewer kv heads than ranks.
+torch.distributed. It refuses fewer kv heads than ranks. With documents the positions are those that a run would choose;
+`a2a, chunks` exchanges its heads in two chunks.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,18 +34,31 @@ from megasp.config.layout import Layout
 from megasp.config.load import load, parser
 from megasp.local_ranks import run_ranks
 from megasp.parallel_state import Traffic
-from megasp.sequence_parallel import SequenceAttention, Work
+from megasp.sequence_parallel import SequenceAttention, Work, attend
 from megasp.sequence_parallel.schedules import SCHEDULES, draw, simulate
+from megasp.sequence_parallel.shards import shards
 from megasp.sequence_parallel.traffic import AttentionShape, ring_traffic, ulysses_traffic
 from megasp.shard_map import ShardMap
 
-MODES = {"a2a": "p2p", "p2p": "p2p", "all_gather": "all_gather", "lightseq": "lightseq", "a2a+p2p": "p2p"}
+MODES = {
+    "a2a": "p2p",
+    "a2a, chunks": "p2p",
+    "p2p": "p2p",
+    "all_gather": "all_gather",
+    "lightseq": "lightseq",
+    "a2a+p2p": "p2p",
+}
 """Mode -> how its ring exchanges."""
+
+PICTURE = Path("docs/pictures/bf16_ring.svg")
+PRECISION_TOKENS = 1680
+"""Divides into two parts for each of 1 to 8 ranks."""
+PARTS = "out", "dq", "dk", "dv"
 
 
 def sizes(mode: str, world: int) -> tuple[int, int] | None:
     """(Ulysses, ring) of a mode; None where it has no such split."""
-    if mode == "a2a":
+    if mode.startswith("a2a") and mode != "a2a+p2p":
         return world, 1
     if mode == "a2a+p2p":
         return (2, world // 2) if world % 2 == 0 and world > 2 else None
@@ -79,13 +95,13 @@ def measure(a: argparse.Namespace, mode: str, kv_heads: int) -> dict[str, Any]:
     world = dist.get_world_size()
     ulysses, ring = sizes(mode, world) or (1, world)
     state = parallel_state.build(Layout(ulysses=ulysses, ring=ring), torch.device("cpu"))
-    straight = mode in ("a2a", "lightseq")
-    shards = ShardMap.contiguous(a.seq_length, world) if straight else ShardMap.zigzag(a.seq_length, ring, ulysses)
-    here = torch.as_tensor(shards.positions(state.cp.rank))
-    *qkv, dout = (x[here] for x in inputs(a, kv_heads))
-    attend = SequenceAttention(state, shards, comm=MODES[mode])
+    held = shards(a.seq_length, ring, ulysses, MODES[mode])
     documents = [np.arange(0, a.seq_length, a.documents)] if a.documents else None
-    work = attend.work(len(here), a.heads, kv_heads, documents)
+    here = torch.as_tensor(held.of(documents).positions(state.cp.rank))
+    *qkv, dout = (x[here] for x in inputs(a, kv_heads))
+    chunks = 2 if mode == "a2a, chunks" else 1
+    attention = SequenceAttention(state, held, comm=MODES[mode], chunks=chunks)
+    work = attention.work(len(here), a.heads, kv_heads, documents)
 
     def run() -> None:
         for x in qkv:
@@ -93,14 +109,14 @@ def measure(a: argparse.Namespace, mode: str, kv_heads: int) -> dict[str, Any]:
             x.requires_grad_()
         for axis in (state.ulysses, state.ring):
             axis.traffic.reset()
-        attend(*qkv, work).backward(dout)
+        attention(*qkv, work).backward(dout)
 
     milliseconds = timed(run, a.steps)
     shape = AttentionShape(len(here), 1, a.heads, kv_heads, a.head_dim, torch.float32)
     formula, sent = Traffic(), Traffic()
     for direction in (
-        *ring_traffic(shape, work, ulysses, state.ulysses.rank, state.ring.rank),
-        *ulysses_traffic(shape, ulysses, state.ulysses.rank),
+        *ring_traffic(shape, work, ulysses, state.ulysses.rank, state.ring.rank, chunks),
+        *ulysses_traffic(shape, ulysses, state.ulysses.rank, chunks),
     ):
         formula.add_all(direction)
     for axis in (state.ulysses, state.ring):
@@ -198,6 +214,55 @@ def scale() -> None:
         )
 
 
+def squared_errors() -> list[tuple[float, float]]:
+    """(squared error of bf16 against fp64, squared size) of out, dq, dk and dv on this rank of a ring."""
+    ring, generator = dist.get_world_size(), torch.Generator().manual_seed(0)
+    whole = [torch.randn(PRECISION_TOKENS, 1, n, 64, generator=generator).bfloat16() for n in (4, 2, 2, 4)]
+    exact = [x.double().requires_grad_() for x in whole[:3]]
+    out, _ = attend(*exact)
+    want = [out.detach(), *torch.autograd.grad(out, exact, whole[3].double())]
+    state = parallel_state.build(Layout(ring=ring), torch.device("cpu"))
+    held = shards(PRECISION_TOKENS, ring, 1)
+    here = torch.as_tensor(held.of(None).positions(state.cp.rank))
+    *qkv, dout = (x[here] for x in whole)
+    qkv = [x.requires_grad_() for x in qkv]
+    attention = SequenceAttention(state, held)
+    out = attention(*qkv, attention.work(len(here), 4, 2))
+    got = [out.detach(), *torch.autograd.grad(out, qkv, dout)]
+    return [
+        (float((x.double() - y[here]).square().sum()), float(y[here].square().sum()))
+        for x, y in zip(got, want, strict=True)
+    ]
+
+
+def precision() -> None:
+    """Relative error, root mean square, of bf16 over the size of the ring; CPU flash attention, 4/2 heads of 64."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "megasp"  # the same errors make the same file
+    from matplotlib import pyplot
+
+    rings = range(1, 9)
+    found = []
+    for ring in rings:
+        of_ranks = np.array(run_ranks(squared_errors, ring, timeout=600)).sum(0)
+        found.append(np.sqrt(of_ranks[:, 0] / of_ranks[:, 1]))
+        print(f"ring {ring}: " + ", ".join(f"{n} {e:.2e}" for n, e in zip(PARTS, found[-1], strict=True)), flush=True)
+    figure, axis = pyplot.subplots(figsize=(6, 3.5))
+    for name, errors in zip(PARTS, zip(*found, strict=True), strict=True):
+        axis.plot(rings, errors, "o-", label=name, markersize=4)
+    axis.set(xlabel="ring size", ylabel="relative error (RMS)", ylim=(0, None))
+    axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axis.legend()
+    axis.grid(alpha=0.3)
+    axis.set_title(f"bf16 against fp64, {PRECISION_TOKENS} tokens", fontsize=10)
+    figure.tight_layout()
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PICTURE, metadata={"Date": None})
+    print(f"written: {PICTURE}")
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--worlds", type=int, nargs="+", default=[2, 4])
@@ -207,11 +272,14 @@ def main() -> None:
     p.add_argument("--no-deepspeed", dest="deepspeed", action="store_false", help="leave the peer out")
     p.add_argument("--draw", type=int, metavar="RANKS", help="draw the schedules")
     p.add_argument("--scale", action="store_true", help="one long sequence")
+    p.add_argument("--precision", action="store_true", help="bf16 over the size of the ring")
     a = p.parse_args()
     if a.draw:
         draw_modes(a.draw)
     elif a.scale:
         scale()
+    elif a.precision:
+        precision()
     else:
         compare(a)
 

@@ -4,7 +4,8 @@
 
 The corpus is the Python standard library's sources, repeated to --megabytes. Prints a JSON line for each measurement:
 MB/s of UTF-8 text in. The peer only encodes; megasp reads the files, encodes, writes the dataset, each time in a fresh
-process, start-up and the proof of the fast encoder's ids included. --long N adds one document of N MB and peak memory.
+process, start-up and the proof of the fast encoder's ids included. --long N adds one document of N MB, as a text file
+and as a JSON line, and peak memory.
 """
 
 import argparse
@@ -60,6 +61,16 @@ def preprocess(*arguments: str) -> tuple[float, float]:
     return time.perf_counter() - start, float(done.stdout)
 
 
+def write_long(path: Path, texts: list[str], megabytes: int) -> None:
+    """One document of so many MB: a plain text file, or one JSON line."""
+    with path.open("w") as file:
+        file.write('{"text": "' if path.suffix == ".jsonl" else "")
+        while file.tell() < megabytes * 1e6:
+            for text in texts[:200]:
+                file.write(json.dumps(text)[1:-1] if path.suffix == ".jsonl" else text)
+        file.write('"}\n' if path.suffix == ".jsonl" else "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in {"vocab": 16000, "megabytes": 20, "rounds": 3, "long": 0}.items():
@@ -73,7 +84,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus, model = Path(folder, "corpus.jsonl"), Path(folder, "tokenizer.json")
         corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        train = [sys.executable, "-m", "megasp.cli", "train-tokenizer", "--input", str(corpus)]
+        once = Path(folder, "once.jsonl")
+        once.write_text("".join(json.dumps({"text": text}) + "\n" for text in dict.fromkeys(texts)))
+        train = [sys.executable, "-m", "megasp.cli", "train-tokenizer", "--input", str(once)]
         subprocess.run(
             [*train, "--vocab-size", str(options.vocab), "--output", str(model)], check=True, stdout=subprocess.DEVNULL
         )
@@ -91,22 +104,14 @@ def main() -> None:
             rates = {"megasp": size / statistics.median(ours), "tokenizers": size / statistics.median(peer)}
             ratio = rates["megasp"] / rates["tokenizers"]
             emit(bench="mb_per_s", workers=workers, mb=size, **rates, ratio=ratio, peak_mb=max(peaks))
-        if options.long:
-            long = Path(folder, "long.txt")
-            with long.open("w") as file:
-                while file.tell() < options.long * 1e6:
-                    file.writelines(texts[:200])
-            flags = [
-                "--input",
-                str(long),
-                "--tokenizer-model",
-                str(model),
-                "--output-prefix",
-                str(Path(folder, "long")),
-            ]
-            seconds, peak = preprocess(*flags, "--workers", str(max(options.workers)))
+        for ending in ("txt", "jsonl") if options.long else ():
+            long = Path(folder, f"long.{ending}")
+            write_long(long, texts, options.long)
+            flags = ["--input", str(long), "--tokenizer-model", str(model), "--workers", str(max(options.workers))]
+            seconds, peak = preprocess(*flags, "--output-prefix", str(Path(folder, f"long-{ending}")))
             mb = long.stat().st_size / 1e6
-            emit(bench="one_long_document", mb=mb, mb_per_s=mb / seconds, workers=max(options.workers), peak_mb=peak)
+            rate = {"mb_per_s": mb / seconds, "workers": max(options.workers), "peak_mb": peak}
+            emit(bench="one_long_document", file=ending, mb=mb, **rate)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ COMMANDS = {
     "verify": ("megasp.verify", "show that layouts train exactly as one process does"),
     "schedule": ("megasp.pipeline.show", "draw a pipeline schedule, with its bubble, memory and messages"),
     "memory": ("megasp.memory", "what each rank will hold in memory, by component"),
+    "checkpoint inspect": ("megasp.checkpoints.inspect", "what a checkpoint holds"),
+    "checkpoint verify": ("megasp.checkpoints.verify", "read every byte of checkpoints, and name what is damaged"),
+    "convert from-hf": ("megasp.checkpoints.convert_from_hf", "a Hugging Face model as a checkpoint"),
     "convert to-hf": ("megasp.checkpoints.convert", "a checkpoint as a Hugging Face model"),
     "generate": ("megasp.generate", "sample text from a checkpoint"),
     "doctor": ("megasp.doctor", "what this machine has, and what is wrong with it"),
@@ -88,7 +91,7 @@ def _run_command(command: str, argv: Sequence[str]) -> int:
 
 def usage() -> str:
     """The list of commands."""
-    lines = [f"  {name:16} {help_text}" for name, (_, help_text) in COMMANDS.items()]
+    lines = [f"  {name:18} {help_text}" for name, (_, help_text) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: megasp COMMAND [flags]",

@@ -44,18 +44,18 @@ class Pending:
         return self._result
 
 
-def start_all_gather(x: Tensor, axis: Axis) -> Pending:
-    """[n, ...] of every rank -> [size * n, ...], stacked in rank order."""
+def start_all_gather(x: Tensor, axis: Axis, out: Tensor | None = None) -> Pending:
+    """[n, ...] of every rank -> [size * n, ...], stacked in rank order; into `out`, of which `x` may be a part."""
     if axis.size == 1:
         return Pending(x)
     x = x.contiguous()
     axis.traffic.add("all_gather", x.nbytes * (axis.size - 1))
-    out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
+    out = x.new_empty((axis.size * x.shape[0], *x.shape[1:])) if out is None else out
     return Pending(out, _all_gather(out, x, group=axis.group, async_op=True))
 
 
-def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
-    """[size * n, ...] -> this rank's [n, ...] of the sum over ranks.
+def start_reduce_scatter(x: Tensor, axis: Axis, out: Tensor | None = None) -> Pending:
+    """[size * n, ...] -> this rank's [n, ...] of the sum over ranks; into `out` where it is given.
 
     On gloo it is an all-to-all and a local sum: three times faster than gloo's own reduce-scatter (an all-reduce and a
     copy), in a fixed rank order, and low precision is summed in fp32.
@@ -66,14 +66,16 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
     axis.traffic.add("reduce_scatter", x.nbytes * (axis.size - 1) // axis.size)
     rows = x.shape[0] // axis.size
     if dist.get_backend(axis.group) != "gloo":
-        out = x.new_empty((rows, *x.shape[1:]))
+        out = x.new_empty((rows, *x.shape[1:])) if out is None else out
         return Pending(out, _reduce_scatter(out, x, group=axis.group, async_op=True))
     received = torch.empty_like(x)
     work = dist.all_to_all_single(received, x, group=axis.group, async_op=True)
-    accumulate = torch.promote_types(x.dtype, torch.float32)
-    return Pending(
-        received, work, lambda parts: parts.view(axis.size, rows, *x.shape[1:]).sum(0, dtype=accumulate).to(x.dtype)
-    )
+
+    def add_up(parts: Tensor) -> Tensor:
+        total = parts.view(axis.size, rows, *x.shape[1:]).sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
+        return total.to(x.dtype) if out is None else out.copy_(total)
+
+    return Pending(received, work, add_up)
 
 
 def start_all_reduce(x: Tensor, axis: Axis) -> Pending:

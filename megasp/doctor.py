@@ -22,7 +22,9 @@ PACKAGES = {
     "flash-attn": "attention kernels",
     "transformer-engine": "not used by this version",
     "apex": "not used by this version",
-    "transformers": "checks of exported models",
+    "transformers": "its models under sequence parallelism, checks of exported ones",
+    "accelerate": "transformers' Trainer",
+    "peft": "LoRA of transformers models",
     "deepspeed": "a peer in benchmarks",
 }
 """Optional packages and what megasp uses them for."""

@@ -16,7 +16,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-PRELOAD = (
+PRELOAD: tuple[str, ...] = (
     "torch",
     "torch._dynamo",
     "torch.distributed.device_mesh",

@@ -9,9 +9,11 @@ those of its Ulysses ranks one after another, so Ulysses inside the ring needs n
       Ulysses 2            (ring 0: [0, 4) [12, 16))                       (ring 1: [4, 8) [8, 12))
 
 Zigzag (Llama 3, arXiv 2407.21783 section 3.3.2) gives every ring rank equally much causal work: one part from the
-front, one from the back.
+front, one from the back. With packed documents work is elsewhere: `balanced` deals parts of the sequence by what each
+has. `megasp.sequence_parallel.shards` chooses.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,6 +55,28 @@ class ShardMap:
         )
         return cls(seq_length, tuple(part for ranges in held for part in _split(ranges, ulysses)))
 
+    @classmethod
+    def balanced(cls, seq_length: int, ring: int, ulysses: int, work: Sequence[float]) -> "ShardMap":
+        """Equal parts of the sequence, of which part i has work[i], dealt to the ring ranks so that all have about
+        equally much work and equally many parts; each rank's are split over its Ulysses ranks.
+
+        The heaviest parts are dealt first, one to each rank, heavier ones to ranks with less so far. For causal
+        attention to one document, in two parts a rank, that is zigzag. `ring` must divide the number of parts, and that
+        the sequence.
+        """
+        parts, each = len(work), seq_length // len(work)
+        assert parts % ring == 0 and seq_length % parts == 0 and each * parts // ring % ulysses == 0
+        heaviest_first = sorted(range(parts), key=lambda part: -work[part])
+        held: list[list[int]] = [[] for _ in range(ring)]
+        load = [0.0] * ring
+        for first in range(0, parts, ring):
+            lightest_first = sorted(range(ring), key=lambda rank: load[rank])
+            for rank, part in zip(lightest_first, heaviest_first[first : first + ring], strict=True):
+                held[rank].append(part)
+                load[rank] += work[part]
+        ranges = (_joined(tuple((part * each, (part + 1) * each) for part in sorted(of_rank))) for of_rank in held)
+        return cls(seq_length, tuple(share for of_rank in ranges for share in _split(of_rank, ulysses)))
+
     @property
     def ranks(self) -> int:
         return len(self.ranges)
@@ -61,6 +85,10 @@ class ShardMap:
     def length(self) -> int:
         """Positions that one rank holds."""
         return self.seq_length // self.ranks
+
+    def of(self, documents: Sequence[np.ndarray] | None) -> "ShardMap":
+        """The map of a microbatch with these documents: this one, whatever they are."""
+        return self
 
     def positions(self, rank: int) -> np.ndarray:
         """The global positions that `rank` holds, int64 [length], in local order."""

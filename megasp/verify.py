@@ -22,7 +22,7 @@ from megasp.config.context_parallel import RING_MODES
 from megasp.config.flags import flag
 from megasp.config.layout import Layout
 from megasp.config.load import load, parser, to_yaml
-from megasp.config.schema import Config
+from megasp.config.schema import SHARDING_STRATEGIES, Config
 from megasp.config.validate import validate
 from megasp.errors import ConfigError
 from megasp.local_ranks import run_ranks
@@ -61,7 +61,9 @@ PIPELINE_FIELDS = (
 class Options:
     """Verification."""
 
-    layout: tuple[str, ...] = flag((), "layout to compare with one process, such as tp2-u2; may be repeated")
+    layout: tuple[str, ...] = flag(
+        (), "layout to compare with one process, such as tp2-u2 or dp2-zero3; may be repeated"
+    )
     steps: int = flag(3, "training steps to compare")
     dtype: str = flag("fp64", "precision to compute in", choices=tuple(TOLERANCES))
     collectives: bool = flag(
@@ -152,8 +154,7 @@ def compare(
         ConfigError: before anything runs, when a layout cannot run this configuration.
     """
     configs = [in_layout(config, layout) for layout in layouts]
-    for each, layout in zip(configs, layouts, strict=True):
-        validate(each, layout.world_size)
+    layouts = [validate(each, layout.world_size) for each, layout in zip(configs, layouts, strict=True)]
     with tempfile.TemporaryDirectory(prefix="megasp-verify-") as folder:
         reference = Path(folder, "reference.pt")
         run_ranks(_record, 1, in_layout(config, Layout()), steps, dtype, reference)
@@ -163,9 +164,13 @@ def compare(
 
 
 def in_layout(config: Config, layout: Layout) -> Config:
-    """The same run in another layout; options of a ring, a pipeline or tensor parallelism only where there is one."""
+    """The same run in another layout; options of an axis only where there is one.
+
+    A layout without a ZeRO stage keeps the configuration's.
+    """
     comm = config.parallel.cp_comm_type
     no_pipeline: dict[str, Any] = dict.fromkeys(PIPELINE_FIELDS) if layout.pp == 1 else {}
+    zero = layout.zero or config.parallel.zero_stage
     parallel = dataclasses.replace(
         config.parallel,
         tensor_model_parallel_size=layout.tp,
@@ -174,7 +179,11 @@ def in_layout(config: Config, layout: Layout) -> Config:
         ring_size=layout.ring,
         context_parallel_size=None,
         cp_comm_type=comm if comm in RING_MODES and layout.ring > 1 else None,
+        ulysses_head_chunks=config.parallel.ulysses_head_chunks if layout.ulysses > 1 else 1,
         sequence_parallel=config.parallel.sequence_parallel and layout.tp > 1,
+        data_parallel_sharding_strategy=SHARDING_STRATEGIES[zero],
+        use_distributed_optimizer=False,
+        num_distributed_optimizer_instances=layout.dp_outer,
         **no_pipeline,
     )
     return dataclasses.replace(config, parallel=parallel)
@@ -215,7 +224,7 @@ def _train(config: Config, layout: Layout, steps: int, dtype: str) -> tuple[list
     masters = training.replicas.masters
     losses: list[float] = []
     gradients: Held = []
-    with build_loader(config, state, training.shard_map, build_datasets(config).train) as loader:
+    with build_loader(config, state, training.shards, build_datasets(config).train) as loader:
         for step in range(steps):
             losses.append(accumulate_gradients(training, loader.step())[0])
             gradients += [item for p in masters for item in _boxes(step, p, p.grad)]

@@ -79,7 +79,7 @@ def record(config: Config, layout: Layout, rank: int) -> list[Event]:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
         training = build(config, parallel_state.build(layout, torch.device("cpu")))
-        with build_loader(config, training.state, training.shard_map, build_datasets(config).train) as loader:
+        with build_loader(config, training.state, training.shards, build_datasets(config).train) as loader:
             batches = loader.step()
         with _Record() as recorded:
             _watch(training, len(batches), recorded.events)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole test suite, from a fresh clone: makes a virtual environment if there is none, installs what tests need, runs.
 #   bash tests/run.sh [--full] [pytest arguments]
-# --full runs the property-based matrices whole instead of a seeded sample (hours rather than minutes).
+# --full runs the property-based matrices whole instead of a seeded sample (a quarter of an hour more).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tests/environment.sh

@@ -1,14 +1,18 @@
-"""Checkpoints as Hugging Face models: one table per family, read one tensor at a time.
+"""Conversion between checkpoints and Hugging Face models, a tensor at a time.
 
-A canonical tensor is one of Hugging Face's under another name, so a family is two things: the names, and what its
-config.json says. Written for transformers 4.56 and later.
+    to_hf     canonical tensors -> theirs: renamed, fused, transposed; with config.json, generation config, tokenizer
+    from_hf   the same tables the other way, into a checkpoint of weights alone
+
+What a family is stands in `megasp.config.hf_families`. Written for transformers 4.56 and later.
 """
 
 import json
-import math
-import re
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,110 +22,33 @@ from torch import Tensor
 
 from megasp import log
 from megasp.checkpoints import safetensors_file
-from megasp.checkpoints.manifest import resolve
+from megasp.checkpoints.hf_names import Stacked, stack
+from megasp.checkpoints.hf_reader import INDEX, WEIGHTS, read_hugging_face
+from megasp.checkpoints.hf_tokenizer import GENERATION, carry, write_tokenizer
+from megasp.checkpoints.manifest import (
+    LATEST,
+    MANIFEST,
+    Manifest,
+    StoredBox,
+    StoredTensor,
+    candidates,
+    directory_name,
+    resolve,
+)
 from megasp.checkpoints.reader import CheckpointReader, saved_model
-from megasp.checkpoints.safetensors_file import Entry
+from megasp.checkpoints.safetensors_file import DTYPE_NAMES, Entry, StoredFile
+from megasp.checkpoints.safetensors_file import DTYPES as STORED_DTYPES
 from megasp.config.flags import build
-from megasp.config.schema import DataConfig, ModelConfig
-from megasp.data import HuggingFaceTokenizer, build_tokenizer
+from megasp.config.hf_config import family_of, write
+from megasp.config.hf_families import FAMILIES
+from megasp.config.schema import Config, DataConfig, ModelConfig
 from megasp.errors import CheckpointError
-from megasp.model.rotary import LLAMA3_HIGH_FREQUENCY_FACTOR, LLAMA3_LOW_FREQUENCY_FACTOR, LLAMA3_ORIGINAL_CONTEXT
 from megasp.parameters import Box
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARD_BYTES = 5 * 10**9
-TOKENIZER_FILES = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-
-LLAMA_NAMES = {
-    "embedding": "model.embed_tokens",
-    "layers.N.input_norm": "model.layers.N.input_layernorm",
-    "layers.N.attention.q": "model.layers.N.self_attn.q_proj",
-    "layers.N.attention.k": "model.layers.N.self_attn.k_proj",
-    "layers.N.attention.v": "model.layers.N.self_attn.v_proj",
-    "layers.N.attention.o": "model.layers.N.self_attn.o_proj",
-    "layers.N.mlp_norm": "model.layers.N.post_attention_layernorm",
-    "layers.N.mlp.gate": "model.layers.N.mlp.gate_proj",
-    "layers.N.mlp.up": "model.layers.N.mlp.up_proj",
-    "layers.N.mlp.down": "model.layers.N.mlp.down_proj",
-    "final_norm": "model.norm",
-    "head": "lm_head",
-}
-"""Module names, N a layer; `.weight` and `.bias` stay as they are."""
-
-
-def _llama_model(reader: CheckpointReader) -> ModelConfig:
-    """The checkpoint's model.
-
-    Raises:
-        CheckpointError: LlamaForCausalLM cannot compute it; names the first flag that is in the way.
-    """
-    model = saved_model(reader.manifest)
-    if model is None:
-        rule = "its manifest must hold the run's config"
-        raise CheckpointError(f"{reader.directory} does not say what model it is", rule, "save it by `megasp pretrain`")
-    rules = (
-        (model.normalization == "RMSNorm", f"--normalization {model.normalization}", "RMSNorm"),
-        (model.position_embedding_type == "rope", f"--position-embedding-type {model.position_embedding_type}", "rope"),
-        (model.rotary_percent == 1, f"--rotary-percent {model.rotary_percent}", "rotation of all channels"),
-        (model.swiglu, "an MLP without --swiglu", "a SwiGLU MLP"),
-        (model.qkv_bias == model.add_bias_linear, "--add-qkv-bias", "biases in all linear layers or none"),
-        (not model.qk_layernorm, "--qk-layernorm", "no norm of queries and keys"),
-        (model.window_size is None, f"--window-size {model.window_size}", "attention without a window"),
-    )
-    for fits, got, rule in rules:
-        if not fits:
-            fix = "only Llama-shaped models are exported; keep this one in megasp"
-            raise CheckpointError(f"the checkpoint's model has {got}", f"the Llama family has {rule}", fix)
-    return model
-
-
-def llama_name(name: str) -> str:
-    """`layers.3.attention.q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
-    module, _, kind = name.rpartition(".")
-    layer, pattern = re.search(r"\d+", module), re.sub(r"\d+", "N", module)
-    if pattern not in LLAMA_NAMES:
-        fix = "only Llama-shaped models are exported"
-        raise CheckpointError(f"the checkpoint has a tensor {name}", "the Llama family has none such", fix)
-    return LLAMA_NAMES[pattern].replace("N", layer[0] if layer else "") + "." + kind
-
-
-def llama_config(model: ModelConfig, max_positions: int, dtype: torch.dtype, eos_id: int | None) -> dict[str, Any]:
-    """config.json. Rotary settings stand there twice: as transformers 5 writes them and as 4 reads them."""
-    rope: dict[str, Any] = {"rope_theta": model.rotary_base, "rope_type": "default"}
-    if model.use_rope_scaling:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": model.rope_scaling_factor,
-            "low_freq_factor": LLAMA3_LOW_FREQUENCY_FACTOR,
-            "high_freq_factor": LLAMA3_HIGH_FREQUENCY_FACTOR,
-            "original_max_position_embeddings": LLAMA3_ORIGINAL_CONTEXT,
-        }
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": model.padded_vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.mlp_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": max_positions,
-        "rms_norm_eps": model.norm_epsilon,
-        "rope_parameters": rope,
-        "rope_theta": model.rotary_base,
-        "rope_scaling": rope if model.use_rope_scaling else None,
-        "attention_bias": model.qkv_bias,
-        "mlp_bias": model.add_bias_linear,
-        "attention_dropout": 0.0,
-        "initializer_range": model.init_method_std,
-        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "bos_token_id": eos_id,
-        "eos_token_id": eos_id,
-        "use_cache": True,
-    }
+CARRIED = "hugging_face"
+"""Directory in a converted checkpoint's root with the files that go back with it: tokenizer, generation config."""
 
 
 def to_hf(
@@ -130,73 +57,136 @@ def to_hf(
     dtype: str | None = None,
     tokenizer_model: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    model_type: str | None = None,
 ) -> Path:
     """Write the model of a checkpoint as a directory that `AutoModelForCausalLM.from_pretrained` loads.
 
-    One tensor is in memory at a time. The output appears when it is complete.
+    A few tensors are in memory at a time. The output appears when it is complete.
 
     Args:
         checkpoint: a directory of checkpoints (the latest is taken), or one of them.
-        dtype: "bf16" or "fp32"; the compute dtype of the run without it.
+        dtype: "bf16", "fp16" or "fp32"; the compute dtype of the run without it.
         tokenizer_model: tokenizer.json or its directory; the one that the run named without it.
         shard_bytes: largest file of weights.
+        model_type: of the family to write; without it that of the model it was converted from, else the first that can
+            say it.
     Returns:
         The output directory.
     Raises:
-        CheckpointError: nothing to read, a model outside the family, or an output that exists or cannot be written.
+        CheckpointError: nothing to read, a model outside the families, or an output that exists or cannot be written.
         DataError: the tokenizer is not there.
     """
     reader = CheckpointReader(resolve(checkpoint))
-    config = reader.manifest.metadata.get("config", {})
-    model = _llama_model(reader)
-    torch_dtype = DTYPES[dtype or ("bf16" if config.get("training", {}).get("bf16") else "fp32")]
+    model = saved_model(reader.manifest)
+    if model is None:
+        rule = "its manifest must hold the run's config"
+        raise CheckpointError(f"{reader.directory} does not say what model it is", rule, "save it by `megasp pretrain`")
+    config = reader.manifest.metadata["config"]
+    training = config.get("training", {})
+    length = _positions(model, training.get("seq_length") or 0)
+    came_from = reader.manifest.metadata.get("model_type")
+    families = sorted(FAMILIES, key=lambda family: family.model_type != came_from)  # stable
+    asked = [family for family in families if family.model_type == model_type]
+    family, said = family_of(model, length, asked or families)
+    torch_dtype = DTYPES[dtype or next((name for name in ("bf16", "fp16") if training.get(name)), "fp32")]
+    names = (name for name in reader.manifest.tensors if name.startswith("model/"))
+    stacked = stack(family, {name.removeprefix("model/"): reader.manifest.tensors[name].shape for name in names})
     data = build(DataConfig, config.get("data", {}))
-    max_positions = model.max_position_embeddings or config.get("training", {}).get("seq_length") or 2048
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"--output {output} exists", "existing output is never overwritten", "name another one")
-    unfinished = output.with_name(f".{output.name}.partial")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        eos_id = _write_tokenizer(unfinished, data, tokenizer_model, max_positions)
-        _write_json(unfinished / "config.json", llama_config(model, max_positions, torch_dtype, eos_id))
-        ids = {"bos_token_id": eos_id, "eos_token_id": eos_id}
-        _write_json(unfinished / "generation_config.json", {"_from_model_config": True} | ids)
-        _write_weights(unfinished, reader, torch_dtype, shard_bytes)
-        unfinished.rename(output)
-    except OSError as error:
-        rule = f"the directory must be writable ({error.strerror}: {error.filename or output})"
-        fix = "name a directory of your own, or free some space"
-        raise CheckpointError(f"cannot write to --output {output}", rule, fix) from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return output
+    with _appearing(Path(output), "--output") as folder:
+        eod = write_tokenizer(folder, data, model.vocab_size, tokenizer_model, length)
+        ids = _token_ids(folder, eod)
+        dtype_name = str(torch_dtype).removeprefix("torch.")
+        _write_json(folder / "config.json", write(family, said, length) | {"torch_dtype": dtype_name} | ids)
+        if not (folder / GENERATION).is_file():
+            _write_json(folder / GENERATION, {"_from_model_config": True} | ids)
+        entries = [Entry(t.key, torch_dtype, t.shape, partial(_read, reader, t, torch_dtype)) for t in stacked]
+        files = _write_files(folder, _split(entries, shard_bytes))
+        if len(files) > 1:
+            weight_map = {key: file for file, (part, _) in files.items() for key in part}
+            total = sum(entry.nbytes for entry in entries)
+            _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return Path(output)
 
 
-def _write_weights(folder: Path, reader: CheckpointReader, dtype: torch.dtype, shard_bytes: int) -> None:
-    """All tensors of the model in safetensors files of at most `shard_bytes` (or one tensor), with an index if many."""
-    shapes = {name: tensor.shape for name, tensor in reader.manifest.tensors.items() if name.startswith("model/")}
-    total = sum(map(math.prod, shapes.values())) * dtype.itemsize
-    with log.progress(None, "converting", total, "B") as bar:
+def from_hf(source: Path | str, save: Path | str, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> Path:
+    """Write a Hugging Face model as a checkpoint of weights alone, for `--load DIR --finetune` in any layout.
 
-        def read(name: str) -> Tensor:
-            out = torch.empty(shapes[name], dtype=dtype)
-            reader.read(name, Box((0,) * out.dim(), shapes[name]), out)
-            bar.update(out.nbytes)
-            return out
+    Args:
+        source: directory with config.json and safetensors.
+        save: directory of checkpoints to write; it must hold none.
+        dtype: "bf16", "fp16" or "fp32"; that of the files without it.
+    Returns:
+        The checkpoint's directory.
+    Raises:
+        CheckpointError: a model that cannot be read or is not served, or an output that exists or cannot be written.
+    """
+    source, root = Path(source), Path(save)
+    manifest = read_hugging_face(source)
+    model = saved_model(manifest)
+    assert model is not None
+    reader = CheckpointReader(source, verify_hashes=False, manifest=manifest)
+    entries = []
+    for name, tensor in manifest.tensors.items():
+        torch_dtype = DTYPES[dtype] if dtype else STORED_DTYPES[tensor.dtype]
+        own = Stacked(name, ((name.removeprefix("model/"), tensor.shape),))
+        entries.append(Entry(name, torch_dtype, tensor.shape, partial(_read, reader, own, torch_dtype)))
+    if root.is_dir() and candidates(root):
+        raise CheckpointError(
+            f"--save {root} holds checkpoints", "they are never overwritten", "name another directory"
+        )
+    with _appearing(root, "--save") as folder:
+        (folder / CARRIED).mkdir()
+        data = {}
+        if carry(source, folder / CARRIED):
+            data = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(root / CARRIED)}
+        else:
+            log.info(f"{source} has no tokenizer.json: give --tokenizer-model where one is needed")
+        directory = folder / directory_name(0)
+        directory.mkdir()
+        written = _write_files(directory, _split(entries, shard_bytes))
+        config = Config(model=model, data=build(DataConfig, data))
+        dtypes = {entry.dtype for entry in entries}
+        bf16, fp16 = (dtypes == {half} for half in (torch.bfloat16, torch.float16))
+        length = _positions(model, 0)
+        config = replace(config, training=replace(config.training, bf16=bf16, fp16=fp16, seq_length=length))
+        metadata = manifest.metadata | {"config": asdict(config)}
+        boxes = {key: file for file, (keys, _) in written.items() for key in keys}
+        tensors = {
+            e.key: StoredTensor(DTYPE_NAMES[e.dtype], e.shape, (StoredBox(_whole(e.shape), boxes[e.key], e.key),))
+            for e in entries
+        }
+        files = {file: stored for file, (_, stored) in written.items()}
+        text = Manifest(0, manifest.layout, metadata, tensors, files).to_json()
+        (directory / MANIFEST).write_text(text)
+        (folder / LATEST).write_text(directory.name + "\n")
+    return root / directory_name(0)
 
-        entries = [
-            Entry(llama_name(name.removeprefix("model/")), dtype, shape, partial(read, name))
-            for name, shape in shapes.items()
-        ]
-        files = _split(entries, shard_bytes)
-        for file, part in files.items():
-            safetensors_file.write(folder / file, part)
-    if len(files) > 1:
-        weight_map = {entry.key: file for file, part in files.items() for entry in part}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
+
+def _positions(model: ModelConfig, seq_length: int) -> int:
+    """Positions that the model is made for; of learned ones there are exactly so many."""
+    if model.position_embedding_type == "learned_absolute":
+        return model.max_position_embeddings or 1024
+    return max(model.max_position_embeddings or 0, seq_length) or 2048
+
+
+def _token_ids(folder: Path, eod: int | None) -> dict[str, Any]:
+    """bos and eos, as the generation config says that came along, or as the tokenizer does."""
+    carried = json.loads((folder / GENERATION).read_text("utf-8")) if (folder / GENERATION).is_file() else {}
+    return {key: carried.get(key, eod) for key in ("bos_token_id", "eos_token_id")}
+
+
+def _whole(shape: tuple[int, ...]) -> Box:
+    return Box((0,) * len(shape), shape)
+
+
+def _read(reader: CheckpointReader, stacked: Stacked, dtype: torch.dtype) -> Tensor:
+    """One tensor of Hugging Face's, of the canonical ones in it."""
+    out = torch.empty(stacked.stacked_shape, dtype=dtype)
+    row = 0
+    for name, shape in stacked.parts:
+        reader.read(f"model/{name}", _whole(shape), out[row : row + shape[0]])
+        row += shape[0]
+    return out.t() if stacked.transposed else out
 
 
 def _split(entries: Sequence[Entry], shard_bytes: int) -> dict[str, list[Entry]]:
@@ -210,38 +200,50 @@ def _split(entries: Sequence[Entry], shard_bytes: int) -> dict[str, list[Entry]]
         shards[-1].append(entry)
         size += entry.nbytes
     if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
+        return {WEIGHTS: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def _write_tokenizer(folder: Path, data: DataConfig, tokenizer_model: str | None, max_positions: int) -> int | None:
-    """Carry the run's tokenizer files along. Returns the id that ends a document, None where nobody says.
+def _write_files(folder: Path, files: Mapping[str, Sequence[Entry]]) -> dict[str, tuple[list[str], StoredFile]]:
+    """Write files of weights, some at a time. Returns the keys in each, and what it is."""
+    total = sum(entry.nbytes for entries in files.values() for entry in entries)
+    with log.progress(None, "converting", total, "B") as bar, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
 
-    megasp starts no document with a token of its own, so the end of the one before serves as bos, as in GPT-2.
+        def counted(read: Callable[[], Tensor]) -> Tensor:
+            tensor = read()
+            bar.update(tensor.nbytes)
+            return tensor
+
+        def put(file: str) -> StoredFile:
+            entries = [replace(entry, read=partial(counted, entry.read)) for entry in files[file]]
+            return safetensors_file.write(folder / file, entries)
+
+        written = list(pool.map(put, files))
+    keys = ([entry.key for entry in entries] for entries in files.values())
+    return dict(zip(files, zip(keys, written, strict=True), strict=True))
+
+
+@contextmanager
+def _appearing(output: Path, flag: str) -> Iterator[Path]:
+    """A directory to fill, which becomes `output` when all of it is there.
+
+    Raises:
+        CheckpointError: the output exists, or cannot be written.
     """
-    path = tokenizer_model or data.tokenizer_model
-    if path is None:
-        return build_tokenizer(data.tokenizer_type).eod if data.tokenizer_type == "ByteTokenizer" else None
-    from tokenizers import Tokenizer
-
-    eod = HuggingFaceTokenizer(path).eod
-    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-    shutil.copyfile(file, folder / "tokenizer.json")
-    for name in TOKENIZER_FILES:
-        if file.with_name(name).is_file():
-            shutil.copyfile(file.with_name(name), folder / name)
-    token = Tokenizer.from_file(str(file)).id_to_token(eod)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": token,
-        "model_max_length": max_positions,
-        "clean_up_tokenization_spaces": False,  # decoding gives back the text as it was
-    }
-    own = file.with_name("tokenizer_config.json")
-    if own.is_file():
-        config = json.loads(own.read_text("utf-8"))
-    _write_json(folder / "tokenizer_config.json", {"eos_token": token} | config)
-    return eod
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{flag} {output} exists", "existing output is never overwritten", "name another one")
+    unfinished = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        unfinished.rename(output)
+    except OSError as error:
+        rule = f"the directory must be writable ({error.strerror}: {error.filename or output})"
+        fix = "name a directory of your own, or free some space"
+        raise CheckpointError(f"cannot write to {flag} {output}", rule, fix) from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:

@@ -8,12 +8,13 @@ The manifest is JSON:
 
     {"format": "megasp-checkpoint", "version": 1, "step": 100, "layout": "tp2-pp1-u1-r1-dp1",
      "metadata": {"config": {...}, ...},
-     "files": {"rank_00000.safetensors": {"bytes": 4096, "sha256": "..."}, ...},
+     "files": {"rank_00000.safetensors": {"bytes": 4096, "sha256": "...", "checksums": {"model/layers.0...": "..."}}},
      "tensors": {"model/layers.0.attention.q.weight": {"dtype": "F32", "shape": [32, 16], "boxes": [
          {"start": [0, 0], "size": [16, 16], "file": "rank_00000.safetensors", "key": "model/layers.0..."}, ...]}, ...},
      "sha256": "..."}
 
-The boxes of a tensor tile it: each element stands in exactly one of them. `sha256` is that of the other fields as
+The boxes of a tensor tile it: each element stands in exactly one of them. A file's hash is that of all its bytes (as
+`sha256sum` prints it); the checksums tell which tensor of a damaged file is. `sha256` is that of the other fields as
 `json.dumps` prints them, so the manifest is as safe against damage as the files are. Nothing in the format is pickled.
 """
 
@@ -56,11 +57,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class StoredBox:
-    """Where a box of a canonical tensor stands: under `key` in `file`."""
+    """Where a box of a canonical tensor stands: under `key` in `file`.
+
+    Hugging Face's files, but never ours, may hold it within a larger tensor, from `row` on, and `transposed` after
+    that; and what is in no file (None) is zeros.
+    """
 
     box: Box
-    file: str
+    file: str | None
     key: str
+    row: int = 0
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,16 +200,44 @@ def find_latest(root: Path | str) -> Path | None:
 
 
 def _find_latest(root: Path) -> Path | None:
+    return next(iter(candidates(root)), None)
+
+
+def candidates(root: Path) -> list[Path]:
+    """The complete checkpoints of a directory (or the one that it is) in the order in which they are worth loading: the
+    one that `latest` names and those before it, the newest first; then any newer ones.
+
+    Raises:
+        OSError: the directory may not be read.
+    """
     if (root / MANIFEST).is_file():
-        return root
+        return [root]
     if not root.is_dir():
-        return None
+        return []
     matches = filter(None, (_DIRECTORY.fullmatch(path.name) for path in root.iterdir()))
     by_step = sorted(matches, key=lambda match: (int(match[1]), match[2] is None), reverse=True)
+    complete = [match[0] for match in by_step if (root / match[0] / MANIFEST).is_file()]
     latest = root / LATEST
     named = latest.read_text(errors="replace").strip() if latest.is_file() else ""
-    names = sorted((match[0] for match in by_step), key=lambda name: name != named)  # stable: behind it, by step
-    return next((root / name for name in names if (root / name / MANIFEST).is_file()), None)
+    newer = complete.index(named) if named in complete else 0
+    return [root / name for name in complete[newer:] + complete[:newer]]
+
+
+def unfinished(root: Path) -> list[Path]:
+    """What saves that were killed left in a directory of checkpoints."""
+    if not root.is_dir() or (root / MANIFEST).is_file():
+        return []
+    partial = root.glob(".step_*.partial")
+    return sorted(
+        [*partial, *(path for path in root.glob("step_*") if path.is_dir() and not (path / MANIFEST).is_file())]
+    )
+
+
+def step_of(directory: Path) -> int:
+    """The step that one of `candidates` is named after."""
+    match = _DIRECTORY.fullmatch(directory.name)
+    assert match, directory
+    return int(match[1])
 
 
 def resolve(root_or_dir: Path | str) -> Path:

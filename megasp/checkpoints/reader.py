@@ -10,6 +10,7 @@ Only what is needed is read, straight into its place; a file that is read is che
 
 import hashlib
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -20,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megasp import log
-from megasp.checkpoints.manifest import Manifest, Shard, StoredTensor, read_manifest, resolve
+from megasp.checkpoints.manifest import Manifest, Shard, StoredBox, StoredTensor, read_manifest, resolve
 from megasp.checkpoints.safetensors_file import DTYPES
 from megasp.config.flags import build, option_string
+from megasp.config.load import todays_names
 from megasp.config.schema import ModelConfig
 from megasp.errors import CheckpointError
 from megasp.parameters import Box, Piece, placed
@@ -51,8 +53,9 @@ SAME_MODEL = (
 MAY_CHANGE = (
     "rotary_base",
     "rotary_percent",
-    "use_rope_scaling",
-    "rope_scaling_factor",
+    "rotary_scaling",
+    "rotary_factor",
+    "rotary_original_context",
     "norm_epsilon",
     "window_size",
     "attention_sinks",
@@ -66,13 +69,15 @@ class CheckpointReader:
     Args:
         directory: of one checkpoint.
         verify_hashes: read every file that is opened once more, before, to check its SHA-256.
+        manifest: of the directory, if it has no `manifest.json` of its own.
     """
 
-    def __init__(self, directory: Path, verify_hashes: bool = True) -> None:
+    def __init__(self, directory: Path, verify_hashes: bool = True, manifest: Manifest | None = None) -> None:
         self.directory = directory
-        self.manifest = read_manifest(directory)
+        self.manifest = manifest or read_manifest(directory)
         self.verify_hashes = verify_hashes
         self._files: dict[str, Any] = {}
+        self._opening = threading.Lock()  # conversion reads in several threads
 
     def stored(self, kind: str, piece: Piece) -> StoredTensor:
         """What the checkpoint has under `kind/name`.
@@ -108,25 +113,33 @@ class CheckpointReader:
             common = stored.box.intersect(box)
             if common is None:
                 continue
-            file = self._file(stored.file)
-            try:
-                source = file.get_slice(stored.key)[common.relative_to(stored.box.start).slices]
-            except (SafetensorError, IndexError) as error:
-                raise self._damaged(stored.file, f"cannot give {stored.key} ({error})") from None
-            out[common.relative_to(box.start).slices].copy_(source)
+            out[common.relative_to(box.start).slices].copy_(self._source(stored, common))
             filled += common.numel
         if filled != box.numel:
             rule = f"its boxes give {filled} of {box.numel} elements from {box.start}"
             raise CheckpointError(f"{name} in {self.directory} is not whole", rule, COPY_AGAIN)
 
+    def _source(self, stored: StoredBox, wanted: Box) -> Tensor:
+        """The elements of a box within a stored one."""
+        if stored.file is None:
+            return torch.zeros(())
+        file, (rows, *others) = self._file(stored.file), wanted.relative_to(stored.box.start).slices
+        slices = (slice(rows.start + stored.row, rows.stop + stored.row), *others)
+        try:
+            source: Tensor = file.get_slice(stored.key)[slices[::-1] if stored.transposed else slices]
+        except (SafetensorError, IndexError) as error:
+            raise self._damaged(stored.file, f"cannot give {stored.key} ({error})") from None
+        return source.t() if stored.transposed else source
+
     def _file(self, name: str) -> Any:
-        if name not in self._files:
-            self._check(name)
-            try:
-                self._files[name] = safe_open(self.directory / name, "pt")
-            except SafetensorError as error:
-                raise self._damaged(name, f"is no safetensors file ({error})") from None
-        return self._files[name]
+        with self._opening:
+            if name not in self._files:
+                self._check(name)
+                try:
+                    self._files[name] = safe_open(self.directory / name, "pt")
+                except SafetensorError as error:
+                    raise self._damaged(name, f"is no safetensors file ({error})") from None
+            return self._files[name]
 
     def _check(self, name: str) -> None:
         """Compare a file with the manifest: it exists, has its size and, if asked for, its hash."""
@@ -151,7 +164,9 @@ class CheckpointReader:
 
 
 @torch.no_grad()
-def load(root_or_dir: Path | str, shards: Sequence[Shard], verify_hashes: bool = True) -> Manifest:
+def load(
+    root_or_dir: Path | str, shards: Sequence[Shard], verify_hashes: bool = True, manifest: Manifest | None = None
+) -> Manifest:
     """Fill the shards' tensors in place from a checkpoint of any layout, bit for bit where dtypes are equal.
 
     Only tensors of kind "model" may have another floating dtype than the checkpoint.
@@ -159,11 +174,12 @@ def load(root_or_dir: Path | str, shards: Sequence[Shard], verify_hashes: bool =
     Args:
         root_or_dir: a directory of checkpoints (the latest is taken), or one checkpoint.
         shards: what this rank holds; `owner` and replicas do not matter here.
+        manifest: of a directory without one of its own.
     Raises:
         CheckpointError: no checkpoint, a damaged one, or one of another model. All names, shapes and dtypes are
             checked before the first tensor is changed.
     """
-    reader = CheckpointReader(resolve(root_or_dir), verify_hashes)
+    reader = CheckpointReader(Path(root_or_dir) if manifest else resolve(root_or_dir), verify_hashes, manifest)
     for shard in shards:
         for piece in shard.pieces:
             _check_dtype(shard, piece, reader.stored(shard.kind, piece).dtype)
@@ -187,7 +203,7 @@ def _check_dtype(shard: Shard, piece: Piece, stored: str) -> None:
 def saved_model(manifest: Manifest) -> ModelConfig | None:
     """The model's configuration in the checkpoint's metadata, None if the caller of `save` gave none."""
     values = manifest.metadata.get("config", {}).get("model")
-    return build(ModelConfig, values) if isinstance(values, Mapping) else None
+    return build(ModelConfig, todays_names(values)) if isinstance(values, Mapping) else None
 
 
 def check_same_model(manifest: Manifest, model: ModelConfig) -> None:

@@ -2,21 +2,24 @@
 
     rank 0      make ROOT/.step_N.partial
     every rank  write and hash rank_R.safetensors in it
-    rank 0      write manifest.json, rename the directory to ROOT/step_N, point ROOT/latest at it
+    rank 0      write manifest.json, rename the directory to ROOT/step_N, point ROOT/latest at it, remove old ones
 
 Each phase ends on all ranks together: a failure on one is a `CheckpointError` on all. Files and directories are synced
-before the rename, so a checkpoint that can be seen survives a loss of power.
+before the rename, so a checkpoint that can be seen survives a loss of power. All of it may run in a thread, beside
+training (`megasp.checkpoints.saver`).
 """
 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
+from megasp import log
 from megasp.checkpoints import safetensors_file
 from megasp.checkpoints.manifest import (
     LATEST,
@@ -26,18 +29,51 @@ from megasp.checkpoints.manifest import (
     Shard,
     StoredBox,
     StoredTensor,
+    candidates,
     directory_name,
     merge,
+    step_of,
 )
 from megasp.checkpoints.safetensors_file import DTYPE_NAMES, Entry
+from megasp.checkpoints.together import Failed, together
 from megasp.errors import CheckpointError
 from megasp.parallel_state import ParallelState
 from megasp.parameters import placed
 
-T = TypeVar("T")
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints of a directory stay when a new one is there.
+
+    Attributes:
+        last: so many, the newest ones up to that new one; all without it.
+        every: and those whose step is a multiple of it.
+    """
+
+    last: int | None = None
+    every: int | None = None
+
+    def removes(self, steps: Sequence[int], saved: int) -> list[int]:
+        """The steps whose checkpoints go when step `saved` has been written.
+
+        Steps beyond it are left alone and count for nothing: they are of a run that this one went back from, maybe
+        because they are damaged, and must not push a good one out.
+        """
+        if self.last is None and self.every is None:
+            return []
+        older = sorted({step for step in steps if step < saved}, reverse=True)
+        beyond_last = older[(self.last or 1) - 1 :]  # the new one is the first of the last
+        return [step for step in beyond_last if self.every is None or step % self.every]
 
 
-def save(root: Path | str, step: int, shards: Sequence[Shard], state: ParallelState, metadata: dict[str, Any]) -> Path:
+def save(
+    root: Path | str,
+    step: int,
+    shards: Sequence[Shard],
+    state: ParallelState,
+    metadata: dict[str, Any],
+    retention: Retention = Retention(),
+) -> Path:
     """Write the checkpoint of one step. Every rank calls it.
 
     Args:
@@ -49,18 +85,65 @@ def save(root: Path | str, step: int, shards: Sequence[Shard], state: ParallelSt
     Raises:
         CheckpointError: on every rank, when any rank cannot write. What was there before is untouched.
     """
+    return write(root, step, lambda: Content.of(shards, state.rank), state, metadata, retention)
+
+
+@dataclass(frozen=True)
+class Content:
+    """What one rank writes of a checkpoint: its file's name, the entries in it, and what they are parts of."""
+
+    file: str
+    entries: dict[str, Entry]
+    tensors: dict[str, StoredTensor]
+
+    @classmethod
+    def of(cls, shards: Sequence[Shard], rank: int) -> "Content":
+        file = f"rank_{rank:05d}.safetensors"
+        entries: dict[str, Entry] = {}
+        tensors: dict[str, StoredTensor] = {}
+        for shard in shards:
+            for piece, local in placed(shard.pieces) if shard.owner else ():
+                if piece.replica:
+                    continue
+                name = f"{shard.kind}/{piece.name}"
+                key = name if name not in entries else f"{name}#{len(entries)}"
+                view = shard.tensor.detach()[local.slices]
+                entries[key] = Entry(key, view.dtype, piece.box.size, lambda view=view: view)  # type: ignore[misc]
+                boxes = tensors[name].boxes if name in tensors else ()
+                dtype = DTYPE_NAMES.get(view.dtype, str(view.dtype))
+                tensors[name] = StoredTensor(dtype, piece.shape, (*boxes, StoredBox(piece.box, file, key)))
+        return cls(file, entries, tensors)
+
+
+def write(
+    root: Path | str,
+    step: int,
+    content: Callable[[], Content],
+    state: ParallelState,
+    metadata: Mapping[str, Any],
+    retention: Retention,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """`save` of what `content` gives when it is called, over the ranks' `group` (the world's own without it)."""
     root = Path(root)
     final, partial = root / directory_name(step), root / f".{directory_name(step)}.partial"
 
+    def prepare() -> Content:
+        if state.rank == 0:
+            _start(root, partial)
+        return content()
+
     def publish(parts: list[Part]) -> None:
         tensors, files = merge(parts)
-        _publish(partial, final, Manifest(step, state.layout.name, metadata, tensors, files))
+        _publish(partial, final, Manifest(step, state.layout.name, dict(metadata), tensors, files))
+        _remove_old(root, step, retention)
 
     try:
-        _together(state, lambda: _start(partial) if state.rank == 0 else None)
-        parts = _together(state, lambda: _write_shards(partial, shards, state.rank))
-        _together(state, lambda: publish(parts) if state.rank == 0 else None)
-    except _Failed as failed:
+        prepared: list[Content] = []
+        together(state, lambda: prepared.append(prepare()), group)
+        parts = together(state, lambda: _write_content(partial, prepared[0]), group)
+        together(state, lambda: publish(parts) if state.rank == 0 else None, group)
+    except Failed as failed:
         if state.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         rule = "a checkpoint counts only when all ranks have written it, so nothing of it is kept"
@@ -84,62 +167,19 @@ def check_writable(root: Path | str) -> None:
         raise CheckpointError(f"--save {root}", rule, "name a directory of your own, or free some space") from None
 
 
-class _Failed(Exception):
-    """What went wrong, and on which ranks."""
-
-
-def _together(state: ParallelState, action: Callable[[], T]) -> list[T]:
-    """Run `action` on every rank. Returns the results of all ranks on rank 0, nothing elsewhere.
-
-    Raises:
-        _Failed: on every rank, when any rank raised. Whatever it was: a rank that left alone would hang the others.
-    """
-    outcome: tuple[T | None, str | None]
-    try:
-        outcome = (action(), None)
-    except OSError as error:
-        outcome = (None, f"rank {state.rank}: {error.strerror or error} ({error.filename or 'while writing'})")
-    except Exception as error:
-        outcome = (None, f"rank {state.rank}: {error or type(error).__name__}")
-    outcomes: list[Any] = [outcome] * (state.layout.world_size if state.rank == 0 else 0)
-    failure: list[str | None] = [None]
-    if state.layout.world_size > 1:
-        dist.gather_object(outcome, outcomes or None, dst=0)
-    if state.rank == 0:
-        failure[0] = ", ".join(error for _, error in outcomes if error)
-    if state.layout.world_size > 1:
-        dist.broadcast_object_list(failure, src=0)
-    if failure[0]:
-        raise _Failed(failure[0])
-    return [result for result, _ in outcomes]
-
-
-def _start(partial: Path) -> None:
-    """Make the directory to write in; one that a killed run left is removed."""
-    if partial.exists():
-        shutil.rmtree(partial)
+def _start(root: Path, partial: Path) -> None:
+    """Make the directory to write in; what killed saves left is removed: there is never more than one at work."""
+    for left in (*root.glob(".step_*.partial"), *root.glob(".step_*.removed")):
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
 
 
-def _write_shards(partial: Path, shards: Sequence[Shard], rank: int) -> Part:
+def _write_content(partial: Path, content: Content) -> Part:
     """Write this rank's file, if it owns anything."""
-    file = f"rank_{rank:05d}.safetensors"
-    entries: dict[str, Entry] = {}
-    tensors: dict[str, StoredTensor] = {}
-    for shard in shards:
-        for piece, local in placed(shard.pieces) if shard.owner else ():
-            if piece.replica:
-                continue
-            name = f"{shard.kind}/{piece.name}"
-            key = name if name not in entries else f"{name}#{len(entries)}"
-            view = shard.tensor.detach()[local.slices]
-            entries[key] = Entry(key, view.dtype, piece.box.size, lambda view=view: view)  # type: ignore[misc]
-            boxes = tensors[name].boxes if name in tensors else ()
-            dtype = DTYPE_NAMES.get(view.dtype, str(view.dtype))
-            tensors[name] = StoredTensor(dtype, piece.shape, (*boxes, StoredBox(piece.box, file, key)))
-    if not entries:
+    if not content.entries:
         return {}, {}
-    return tensors, {file: safetensors_file.write(partial / file, list(entries.values()))}
+    file = safetensors_file.write(partial / content.file, list(content.entries.values()))
+    return content.tensors, {content.file: file}
 
 
 def _publish(partial: Path, final: Path, manifest: Manifest) -> None:
@@ -159,6 +199,20 @@ def _publish(partial: Path, final: Path, manifest: Manifest) -> None:
     (final / LATEST).replace(final.parent / LATEST)
     _sync_directory(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove_old(root: Path, saved: int, retention: Retention) -> None:
+    """Remove what need not be kept, now that step `saved` is safe. A failure is said, and harms nothing."""
+    directories = candidates(root)
+    removes = retention.removes([step_of(directory) for directory in directories], saved)
+    for directory in directories:
+        if step_of(directory) in removes:
+            hidden = directory.with_name(f".{directory.name}.removed")
+            try:
+                directory.rename(hidden)  # at once: what is half removed must not look like a checkpoint
+                shutil.rmtree(hidden)
+            except OSError as error:
+                log.warning(f"{directory} cannot be removed ({error.strerror}): some of it stays")
 
 
 def _write_text(path: Path, text: str) -> None:

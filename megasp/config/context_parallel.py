@@ -95,7 +95,7 @@ def sent_bytes(config: Config, ulysses: int, ring: int) -> float:
     The formulas of the two modes with every kv head copied to the Ulysses ranks that share it: two exchanges of q, k, v
     and the output, and ring - 1 hops of k, v, of k, v again and of dk, dv, which are fp32.
     """
-    model, item = config.model, 2 if config.training.bf16 else 4
+    model, item = config.model, 4 if config.training.compute_dtype == "float32" else 2
     tp = config.parallel.tensor_model_parallel_size
     queries, kv = model.num_attention_heads / tp, max(1.0, model.kv_heads / tp)
     kv *= max(1.0, ulysses / kv)

@@ -34,7 +34,10 @@ optimizer, who sums gradients, who splits one model replica."""
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes. `dp_outer` replicates what `dp_inner` may shard; plain data parallelism is `dp_inner`."""
+    """Sizes of the axes. `dp_outer` replicates what `dp_inner` may shard; plain data parallelism is `dp_inner`.
+
+    `zero` says what dp_inner x cp shards: 1 optimizer states, 2 gradients, too, 3 weights, too; 0 nothing.
+    """
 
     pp: int = 1
     dp_outer: int = 1
@@ -42,6 +45,7 @@ class Layout:
     ring: int = 1
     ulysses: int = 1
     tp: int = 1
+    zero: int = 0
 
     def __post_init__(self) -> None:
         for axis in AXES:
@@ -70,25 +74,27 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """`tp2-pp1-u2-r1-dp1`; hybrid sharding adds `-dpo2`, its outer size."""
+        """`tp2-pp1-u2-r1-dp1`; hybrid sharding adds `-dpo2`, its outer size, and ZeRO `-zero1`, its stage."""
         outer = f"-dpo{self.dp_outer}" if self.dp_outer > 1 else ""
-        return f"tp{self.tp}-pp{self.pp}-u{self.ulysses}-r{self.ring}-dp{self.dp}{outer}"
+        zero = f"-zero{self.zero}" if self.zero else ""
+        return f"tp{self.tp}-pp{self.pp}-u{self.ulysses}-r{self.ring}-dp{self.dp}{outer}{zero}"
 
     @classmethod
     def parse(cls, name: str) -> "Layout":
         """Read a layout name; sizes of one may be left out, and any order is read.
 
         Raises:
-            ConfigError: a part that is not tp, pp, u, r, dp or dpo and a number, or one given twice.
+            ConfigError: a part that is not tp, pp, u, r, dp, dpo or zero and a number, or one given twice.
         """
         sizes: dict[str, int] = {}
         for part in name.split("-"):
-            match = re.fullmatch(r"(tp|pp|u|r|dp|dpo)(\d+)", part)
+            match = re.fullmatch(r"(tp|pp|u|r|dp|dpo|zero)(\d+)", part)
             if match is None or match[1] in sizes:
                 raise ConfigError(
                     f"layout name {name!r}, part {part!r}",
-                    "a layout is tp, pp, u (Ulysses), r (ring), dp, dpo (outer replicas), each once with its size",
-                    "write for example tp2-u2 or tp2-pp2-u2-r1-dp1",
+                    "a layout is tp, pp, u (Ulysses), r (ring), dp, dpo (outer replicas), each once with its size, and "
+                    "zero with its stage",
+                    "write for example tp2-u2 or tp2-pp2-u2-r1-dp2-zero1",
                 )
             sizes[match[1]] = int(match[2])
         outer, dp = sizes.get("dpo", 1), sizes.get("dp", sizes.get("dpo", 1))
@@ -100,7 +106,12 @@ class Layout:
                 f"dpo ({outer}) must divide dp ({dp})",
                 f"use dp{outer * max(1, dp // outer)}",
             )
-        return cls(sizes.get("pp", 1), outer, dp // outer, sizes.get("r", 1), sizes.get("u", 1), sizes.get("tp", 1))
+        zero = sizes.get("zero", 0)
+        if zero > 3:
+            raise ConfigError(f"layout name {name!r}", "ZeRO has the stages 0 to 3", "use zero3")
+        return cls(
+            sizes.get("pp", 1), outer, dp // outer, sizes.get("r", 1), sizes.get("u", 1), sizes.get("tp", 1), zero
+        )
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Axis name -> index of `rank` on it."""
@@ -126,4 +137,7 @@ class Layout:
         """One line for a person: `8 ranks = tensor 2 x pipeline 1 x Ulysses 2 x ring 1 x data 2`."""
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
         sequence = f"Ulysses {self.ulysses} x ring {self.ring}"
-        return f"{ranks} = tensor {self.tp} x pipeline {self.pp} x {sequence} x data {self.dp}"
+        shards = self.dp_inner * self.cp
+        over = f"{shards} ranks" if shards > 1 else "1 rank, which shares nothing out"
+        zero = f", ZeRO-{self.zero} over {over}" if self.zero else ""
+        return f"{ranks} = tensor {self.tp} x pipeline {self.pp} x {sequence} x data {self.dp}{zero}"

@@ -1,4 +1,5 @@
-"""Reads a run's configuration: defaults, `--model PRESET`, `--config FILE.yaml`, flags; the last that speaks wins."""
+"""Reads a run's configuration: defaults, `--model PRESET` or `--load-hf DIR`, `--config FILE.yaml`, flags; the last
+that speaks wins."""
 
 import argparse
 import dataclasses
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 from megasp.config.flags import Parser, add_flags, build, flag, option_string, read_yaml
+from megasp.config.hf_config import read_directory
 from megasp.config.megatron_flags import REFUSED, translate
 from megasp.config.presets import PRESETS
 from megasp.config.schema import Config, ModelConfig
@@ -59,11 +61,19 @@ def load(
     source = build(Source, given)
     from_file = read_yaml(Path(source.config), (_PresetKey, *GROUPS.values()), REFUSED) if source.config else {}
     values = dict(defaults or {})
-    if source.model or source.config:  # which say what the model is: a command's own architecture would mix with theirs
+    hugging_face = given.get("load_hf", from_file.get("load_hf"))
+    if (
+        source.model or source.config or hugging_face
+    ):  # which say what the model is: a command's own architecture would mix with theirs
         architecture = {field.name for field in dataclasses.fields(ModelConfig)}
         values = {name: value for name, value in values.items() if name not in architecture}
     preset = source.model or from_file.get("model")
-    values |= (PRESETS[preset] if preset else {}) | from_file | given
+    if preset and hugging_face:
+        rule = "each says what the model is"
+        raise ConfigError(f"--model {preset} and --load-hf {hugging_face}", rule, "leave --model out")
+    values |= PRESETS[preset] if preset else {}
+    values |= read_directory(hugging_face, from_file | given) if hugging_face else {}
+    values |= from_file | given
     if values.get("num_query_groups") and not values.get("group_query_attention"):
         raise ConfigError(
             f"--num-query-groups {values['num_query_groups']} without --group-query-attention",
@@ -95,7 +105,8 @@ def to_yaml(config: Config) -> str:
             for field in dataclasses.fields(group)
             if getattr(part, field.name) not in (None, ())
         }
-        lines.append(f"# {name}\n" + yaml.safe_dump(values, sort_keys=False))
+        if values:
+            lines.append(f"# {name}\n" + yaml.safe_dump(values, sort_keys=False))
     return "\n".join(lines)
 
 
@@ -105,10 +116,19 @@ def _plain(field: dataclasses.Field[Any], value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def todays_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored settings of a model under today's names: Llama 3.1's rotary scaling was a switch of its own once."""
+    now = {name: value for name, value in values.items() if name not in ("use_rope_scaling", "rope_scaling_factor")}
+    if values.get("use_rope_scaling"):
+        now |= {"rotary_scaling": "llama3", "rotary_scaling_factor": values["rope_scaling_factor"]}
+    return now
+
+
 def from_dict(groups: dict[str, dict[str, Any]]) -> Config:
     """The inverse of `dataclasses.asdict`, for checkpoints; entries of other versions are refused by name."""
     values: dict[str, Any] = {}
-    for name, entries in groups.items():
+    for name, stored in groups.items():
+        entries = todays_names(stored)
         known = {field.name for field in dataclasses.fields(GROUPS[name])} if name in GROUPS else set()
         unknown = sorted(entries.keys() - known)
         if unknown:

@@ -15,11 +15,16 @@ __all__ = ["ALIASES", "ALWAYS_ON", "ONLY", "REFUSED", "translate"]
 ALIASES: dict[str, tuple[str, ...]] = {
     "--use-rotary-position-embeddings": ("--position-embedding-type", "rope"),
     "--no-position-embedding": ("--position-embedding-type", "rope"),  # Megatron-LM takes it with rope alone
+    "--use-rope-scaling": ("--rotary-scaling", "llama3"),
+    "--rope-scaling-factor": ("--rotary-scaling-factor",),
+    "--rotary-seq-len-interpolation-factor": ("--rotary-scaling", "linear", "--rotary-scaling-factor"),
     "--encoder-num-layers": ("--num-layers",),
     "--encoder-seq-length": ("--seq-length",),
     "--layernorm-epsilon": ("--norm-epsilon",),
     "--persistent-save-interval": ("--save-interval",),
     "--recompute-activations": ("--recompute-granularity", "selective"),
+    "--save-retain-interval": ("--keep-every",),
+    "--use-torch-fsdp2": ("--data-parallel-sharding-strategy", "optim_grads_params"),
 }
 """flag -> megasp's flags for it. A value follows the last of them."""
 
@@ -50,12 +55,13 @@ _ACCEPTED: tuple[tuple[int, str, str], ...] = (
     ),
     (0, "there are no groups but those of --distributed-backend", "--disable-gloo-process-groups"),
     (1, "ranks come from the launcher's environment variables", "--local-rank"),
-    (1, _DEFAULT, "--data-parallel-sharding-strategy --num-distributed-optimizer-instances"),
+    (0, "weights of the next block are gathered behind the computation of this one", "--overlap-param-gather"),
+    (0, "sharding is what --data-parallel-sharding-strategy says", "--use-megatron-fsdp --use-custom-fsdp"),
     # Precision
-    (0, "gradients are always accumulated and reduced in fp32", "--accumulate-allreduce-grads-in-fp32"),
+    (0, "they are in fp32 unless --grad-reduce-in-bf16 is given", "--accumulate-allreduce-grads-in-fp32"),
     (0, "the softmax of attention is always computed in fp32", "--attention-softmax-in-fp32"),
     (0, "the loss is always the mean over the global batch's target tokens", "--calculate-per-token-loss"),
-    (0, "there is no loss scale: bf16 does not need one", "--no-log-loss-scale-to-tensorboard"),
+    (0, "the loss scale of --fp16 is always in the metrics", "--no-log-loss-scale-to-tensorboard"),
     # Kernels and the model's implementation
     (0, "flash attention runs wherever it can", "--use-flash-attn --use-flash-attn-v2"),
     (1, _MCORE, "--transformer-impl"),
@@ -87,6 +93,7 @@ _ACCEPTED: tuple[tuple[int, str, str], ...] = (
     (0, "there is no generator state: randomness is a function of --seed and step", "--no-save-rng"),
     (0, "the tokenizer is the one that the flags name", "--no-use-tokenizer-model-from-checkpoint-args"),
     (0, "SIGTERM and SIGUSR1 always save and stop at the end of the step", "--exit-signal-handler"),
+    (0, "--async-save writes in a thread of each rank, which lives as long as the run", "--use-persistent-ckpt-worker"),
     (1, "results are not computed twice for validation", "--rerun-mode"),
     # Logging
     (0, _METRICS, "--log-throughput --log-progress --log-memory-to-tensorboard"),
@@ -104,8 +111,6 @@ ALWAYS_ON: dict[str, tuple[int, str]] = {flag: (n, says) for n, says, flags in _
 here, or concerns only how Megatron-LM works inside."""
 
 ONLY: dict[str, tuple[str, ...]] = {
-    "--data-parallel-sharding-strategy": ("no_shard",),
-    "--num-distributed-optimizer-instances": ("1",),
     "--softmax-type": ("vanilla",),
     "--rope-type": ("rope",),
     "--expert-model-parallel-size": ("1",),

@@ -6,8 +6,7 @@ _NOT_YET = "it is not built yet"
 _BY_REASON: tuple[tuple[str, str], ...] = (
     # Precision
     (
-        "fp16 needs a loss scale, which megasp does not have: use --bf16, which needs none",
-        "--fp16 --loss-scale --initial-loss-scale --min-loss-scale --loss-scale-window --hysteresis "
+        "the loss and the softmax of attention are always computed in fp32",
         "--fp16-lm-cross-entropy --apply-query-key-layer-scaling",
     ),
     (
@@ -19,25 +18,25 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--kitchen-recipe-number",
     ),
     (
-        "gradients are always reduced in fp32",
-        "--grad-reduce-in-bf16",
-    ),
-    (
         "with --bf16 activations are in bf16, while matrix products, norms and softmax accumulate in fp32",
         "--fp32-residual-connection --disable-bf16-reduced-precision-matmul",
     ),
     (
-        "optimizer states, master weights and gradients are always fp32",
+        "optimizer states and master weights are always fp32, and gradients unless --grad-reduce-in-bf16 is given",
         "--use-precision-aware-optimizer --main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype",
     ),
     # Sharding of the optimizer and of the weights
     (
-        "sharding of optimizer states, gradients and weights (ZeRO) is not built yet: each data-parallel rank holds "
-        "all of its model's states, so raise --tensor-model-parallel-size if memory is short",
-        "--use-distributed-optimizer --overlap-param-gather --overlap-param-gather-with-optimizer-step "
-        "--no-align-param-gather --use-megatron-fsdp --use-torch-fsdp2 --torch-fsdp2-no-reshard-after-forward "
+        "weights are gathered block by block as the forward reaches them, and buffers are PyTorch's: choose what is "
+        "sharded by --data-parallel-sharding-strategy",
+        "--overlap-param-gather-with-optimizer-step --no-align-param-gather --torch-fsdp2-no-reshard-after-forward "
         "--init-model-with-meta-device --fsdp-double-buffer --suggested-communication-unit-size "
-        "--enable-full-sharding-in-hsdp --use-custom-fsdp --distrib-optim-fully-reshardable-mem-efficient",
+        "--distrib-optim-fully-reshardable-mem-efficient",
+    ),
+    (
+        "with --num-distributed-optimizer-instances weights, gradients and optimizer states are sharded over the same "
+        "ranks, and replicated over the others",
+        "--enable-full-sharding-in-hsdp",
     ),
     (
         "buckets and buffers of gradient reduction are not for tuning here, and gradients are summed, never averaged",
@@ -151,9 +150,9 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--window-attn-skip-freq",
     ),
     (
-        "rotary positions are those of Llama and GPT-NeoX (--rotary-base, --rotary-percent, --use-rope-scaling), on "
+        "rotary positions are those of Llama and GPT-NeoX (--rotary-base, --rotary-percent, --rotary-scaling), on "
         "every layer",
-        "--rotary-interleaved --rotary-seq-len-interpolation-factor --no-rope-freq --mrope-section "
+        "--rotary-interleaved --no-rope-freq --mrope-section "
         "--relative-attention-num-buckets --relative-attention-max-distance",
     ),
     (
@@ -182,7 +181,7 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
     (
         "multi-latent attention is not built yet: use --group-query-attention",
         "--multi-latent-attention --q-lora-rank --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim "
-        "--rotary-scaling-factor --mscale --mscale-all-dim --cache-mla-latents",
+        "--mscale --mscale-all-dim --cache-mla-latents",
     ),
     (
         "prediction of several tokens at a time is not built yet",
@@ -269,12 +268,8 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--dist-ckpt-save-pre-mcore-014 --load-main-params-from-ckpt --no-strict-fsdp-dtensor-load",
     ),
     (
-        "saving in the background is not built yet: saving waits until the files are safe on disk",
-        "--async-save --use-persistent-ckpt-worker",
-    ),
-    (
-        "every checkpoint is kept, in --save",
-        "--save-retain-interval --non-persistent-save-interval --non-persistent-ckpt-type "
+        "there is one kind of checkpoint, in --save, of which --keep-last and --keep-every say what stays",
+        "--non-persistent-save-interval --non-persistent-ckpt-type "
         "--non-persistent-global-ckpt-dir --non-persistent-local-ckpt-dir --non-persistent-local-ckpt-algo "
         "--replication --replication-jump --replication-factor",
     ),

@@ -20,6 +20,11 @@ class PipelinePlan:
     def stages(self) -> int:
         return self.ranks * self.chunks
 
+    @property
+    def defers_weight_gradients(self) -> bool:
+        """Whether weight gradients are computed apart from the backward."""
+        return self.schedule in ("zb-h1", "zbv")
+
     @classmethod
     def choose(cls, schedule: str | None, ranks: int, chunks: int | None) -> "PipelinePlan":
         """The plan that flags ask for: interleaved where there are several chunks, as in Megatron-LM, else 1f1b.

@@ -64,8 +64,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ffn_hidden_size": 53248,
         "num_attention_heads": 128,
         "max_position_embeddings": 131072,
-        "use_rope_scaling": True,
-        "rope_scaling_factor": 8.0,
+        "rotary_scaling": "llama3",
+        "rotary_scaling_factor": 8.0,
+        "original_max_position_embeddings": 8192,
     },
 }
 """name -> field of `ModelConfig` or `TrainingConfig` -> value."""

@@ -37,9 +37,12 @@ RANGES: dict[str, Range] = {
         (
             *REQUIRED[:-1], "ffn_hidden_size", "num_query_groups", "kv_channels", "max_position_embeddings",
             "vocab_size", "make_vocab_size_divisible_by", "tensor_model_parallel_size", "pipeline_model_parallel_size",
-            "context_parallel_size", "ulysses_size", "ring_size", "micro_batch_size", "global_batch_size",
+            "context_parallel_size", "ulysses_size", "ulysses_head_chunks", "ring_size", "micro_batch_size",
+            "global_batch_size",
             "train_iters", "train_samples", "eval_interval", "log_interval", "exit_interval", "save_interval",
-            "lr_decay_iters", "lr_wsd_decay_iters", "recompute_num_layers", "cpu_offloading_num_layers", "tiled_mlp",
+            "lr_decay_iters", "lr_wsd_decay_iters", "keep_last", "keep_every", "original_max_position_embeddings",
+            "num_distributed_optimizer_instances", "loss_scale_window", "hysteresis",
+            "recompute_num_layers", "cpu_offloading_num_layers", "tiled_mlp",
         ),
         SIZE,
     ),
@@ -52,8 +55,8 @@ RANGES: dict[str, Range] = {
     ),
     **dict.fromkeys(
         (
-            "lr", "rotary_base", "rope_scaling_factor", "distributed_timeout_minutes", "exit_duration_in_mins",
-            "peak_tflops",
+            "lr", "rotary_base", "distributed_timeout_minutes", "exit_duration_in_mins",
+            "peak_tflops", "loss_scale", "initial_loss_scale", "min_loss_scale",
         ),
         POSITIVE,
     ),
@@ -61,6 +64,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("adam_beta1", "adam_beta2"), DECAY),
     "lr_warmup_fraction": Range("between 0 and 1", 0, 1),
     "rotary_percent": SHARE,
+    "rotary_scaling_factor": Range("at least 1", 1),
 }  # fmt: skip
 
 

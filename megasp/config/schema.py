@@ -8,81 +8,14 @@ from dataclasses import dataclass, field
 from megasp.config.batch_schedule import BatchSchedule
 from megasp.config.flags import flag
 from megasp.config.layout import Layout
+from megasp.config.loss_scale import LossScaleConfig
+from megasp.config.model import ModelConfig
 from megasp.config.pipeline import SCHEDULES, PipelinePlan, chunks_of
 from megasp.config.recompute import ActivationConfig
 from megasp.config.tokenizer_types import TIKTOKEN_PATTERNS, TOKENIZER_TYPES
 
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Model.
-
-    Example: `ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=1000)`.
-    """
-
-    num_layers: int = flag(0, "transformer layers (required, or by --model)")
-    hidden_size: int = flag(0, "width of the residual stream (required, or by --model)")
-    ffn_hidden_size: int | None = flag(
-        None, "width of the MLP; 4 x hidden-size, or two thirds of that rounded down to a multiple of 64 with --swiglu"
-    )
-    num_attention_heads: int = flag(0, "query heads (required, or by --model)")
-    group_query_attention: bool = flag(False, "share each key and value head among several query heads")
-    num_query_groups: int | None = flag(None, "key and value heads (with --group-query-attention); 1 is multi-query")
-    kv_channels: int | None = flag(None, "size of a head; hidden-size / num-attention-heads without it")
-    max_position_embeddings: int | None = flag(None, "longest sequence the model is made for; seq-length without it")
-    position_embedding_type: str = flag(
-        "learned_absolute", "how positions enter", choices=("learned_absolute", "rope", "none")
-    )
-    rotary_base: float = flag(10000.0, "base of the rotary frequencies")
-    rotary_percent: float = flag(1.0, "share of a head's channels that rotate")
-    use_rope_scaling: bool = flag(False, "Llama 3.1's frequency scaling for longer contexts")
-    rope_scaling_factor: float = flag(8.0, "factor of --use-rope-scaling")
-    normalization: str = flag("LayerNorm", "kind of norm", choices=("LayerNorm", "RMSNorm"))
-    norm_epsilon: float = flag(1e-5, "added to the variance in norms")
-    swiglu: bool = flag(False, "gated MLP with SiLU")
-    squared_relu: bool = flag(False, "squared ReLU in the MLP instead of GELU")
-    add_bias_linear: bool = flag(True, "biases in linear layers", off="--disable-bias-linear")
-    add_qkv_bias: bool = flag(False, "biases in the query, key and value projections alone")
-    qk_layernorm: bool = flag(False, "norm of queries and keys per head")
-    untie_embeddings_and_output_weights: bool = flag(
-        False, "an output head of its own instead of the embedding's weights"
-    )
-    attention_dropout: float = flag(0.1, "dropout of attention probabilities (unfused attention only)")
-    hidden_dropout: float = flag(0.1, "dropout of embeddings and residual branches")
-    window_size: int | None = flag(None, "tokens before itself that a token sees; all of its sample without it")
-    attention_sinks: int = flag(0, "first tokens that every token sees beyond --window-size")
-    init_method_std: float = flag(0.02, "standard deviation of initial weights")
-    vocab_size: int | None = flag(None, "token ids before padding; the tokenizer's, where one is given")
-    make_vocab_size_divisible_by: int = flag(
-        128, "the vocabulary is padded to a multiple of it (in every layout alike, unlike Megatron-LM's)"
-    )
-
-    @property
-    def kv_heads(self) -> int:
-        """Key and value heads; --group-query-attention alone means one, as in Megatron-LM."""
-        return self.num_query_groups or (1 if self.group_query_attention else self.num_attention_heads)
-
-    @property
-    def head_dim(self) -> int:
-        return self.kv_channels or self.hidden_size // self.num_attention_heads
-
-    @property
-    def mlp_size(self) -> int:
-        """Width of the MLP's hidden layer (of each of gate and up, with SwiGLU)."""
-        if self.ffn_hidden_size is not None:
-            return self.ffn_hidden_size
-        return int(4 * self.hidden_size * 2 / 3) // 64 * 64 if self.swiglu else 4 * self.hidden_size
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding: the vocabulary padded to `make_vocab_size_divisible_by`."""
-        assert self.vocab_size is not None, "vocab_size is not known yet"
-        multiple = self.make_vocab_size_divisible_by
-        return -(-self.vocab_size // multiple) * multiple
-
-    @property
-    def qkv_bias(self) -> bool:
-        return self.add_bias_linear or self.add_qkv_bias
+SHARDING_STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
+"""By ZeRO stage, in Megatron-LM's words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +48,34 @@ class ParallelConfig:
     ulysses_size: int | None = flag(
         None, "ranks of Ulysses sequence parallelism (all-to-all between sequence and heads)"
     )
+    ulysses_head_chunks: int = flag(
+        1, "groups of heads that Ulysses exchanges one after another, each while the one before is computed"
+    )
     ring_size: int | None = flag(None, "ranks of ring attention (or of --cp-comm-type all_gather, lightseq)")
     sequence_parallel: bool = flag(
         False, "split norms, dropout and residuals along the sequence over the tensor-parallel ranks, too"
     )
+    data_parallel_sharding_strategy: str = flag(
+        "no_shard",
+        "what data- and context-parallel ranks share out: nothing, optimizer states (ZeRO-1), gradients, too (ZeRO-2), "
+        "and weights, too (ZeRO-3)",
+        choices=SHARDING_STRATEGIES,
+    )
+    use_distributed_optimizer: bool = flag(False, "at least ZeRO-1: --data-parallel-sharding-strategy optim")
+    num_distributed_optimizer_instances: int = flag(
+        1, "hybrid sharding: so many replicas, each sharded over its part of the data-parallel ranks"
+    )
     distributed_backend: str | None = flag(None, "nccl where there are GPUs, else gloo", choices=("nccl", "gloo"))
     distributed_timeout_minutes: float = flag(10.0, "how long a collective waits for the other ranks")
+
+    @property
+    def zero_stage(self) -> int:
+        """What is shared out (arXiv 1910.02054): 1 optimizer states, 2 gradients, too, 3 weights, too; 0 nothing."""
+        stage = SHARDING_STRATEGIES.index(self.data_parallel_sharding_strategy)
+        return max(stage, int(self.use_distributed_optimizer))
+
+
+PACKINGS = ("stream", "best-fit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +98,12 @@ class DataConfig:
         "order of training samples; megatron is Megatron-LM's for the same seed, length, split and number of samples, "
         "to finish a run that began there",
         choices=("keyed", "megatron"),
+    )
+    document_packing: str = flag(
+        "stream",
+        "how documents fill samples: stream cuts the corpus where a sample ends; best-fit keeps documents whole where "
+        "they fit, and pads",
+        choices=PACKINGS,
     )
     start_new_epoch: bool = flag(
         False,
@@ -208,6 +169,10 @@ class TrainingConfig:
     train_samples: int | None = flag(None, "samples to train, instead of --train-iters")
     seed: int = flag(1234, "seed of weights, order and dropout")
     bf16: bool = flag(False, "compute in bfloat16; master weights, accumulation and reduction stay in fp32")
+    fp16: bool = flag(False, "compute in float16 with a loss scale; the rest in fp32, as with --bf16")
+    grad_reduce_in_bf16: bool = flag(
+        False, "accumulate and reduce gradients in bfloat16: half the bytes, and a rounding for each microbatch"
+    )
     attention_backend: str = flag(
         "auto",
         "attention kernel; auto picks the best that this machine has, unfused (local) is the exact reference",
@@ -218,6 +183,11 @@ class TrainingConfig:
     exit_interval: int | None = flag(None, "save and stop when the step is a multiple of it")
     exit_duration_in_mins: float | None = flag(None, "save and stop after so many minutes")
 
+    @property
+    def compute_dtype(self) -> str:
+        """PyTorch's name of the dtype of activations and products."""
+        return "float16" if self.fp16 else "bfloat16" if self.bf16 else "float32"
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -227,6 +197,25 @@ class CheckpointConfig:
     save_interval: int | None = flag(None, "steps between checkpoints; at the end only without it")
     load: str | None = flag(
         None, "directory to resume from; without a checkpoint in it training starts anew", metavar="DIR"
+    )
+    async_save: bool = flag(
+        False, "write checkpoints in the background, from a copy in host memory that is made beside the next step"
+    )
+    keep_last: int | None = flag(None, "checkpoints to keep, the newest ones; all without it")
+    keep_every: int | None = flag(
+        None, "keep those whose step is a multiple of it, too; alone, these and the newest", metavar="STEPS"
+    )
+    exit_on_save_error: bool = flag(
+        False, "stop when a checkpoint cannot be written; without it training goes on, and tries again at the next"
+    )
+    load_strict: bool = flag(
+        False, "refuse --load where the newest checkpoint is damaged or unfinished, instead of taking the one before"
+    )
+    load_hf: str | None = flag(
+        None,
+        "Hugging Face model to begin with, where --load has no checkpoint: its weights, and its architecture as "
+        "defaults of the model's flags",
+        metavar="DIR",
     )
     no_save_optim: bool = flag(False, "leave the optimizer's state out of checkpoints")
     no_load_optim: bool = flag(False, "resume with a fresh optimizer")
@@ -260,6 +249,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     activations: ActivationConfig = field(default_factory=ActivationConfig)
+    loss_scaling: LossScaleConfig = field(default_factory=LossScaleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

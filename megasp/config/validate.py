@@ -9,9 +9,11 @@ from pathlib import PurePath
 
 from megasp.config import activation_memory, stages
 from megasp.config.context_parallel import split_context
+from megasp.config.heads import most_chunks
 from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.ranges import check_ranges
+from megasp.config.rotary_scaling import check_rotary_scaling
 from megasp.config.schema import Config, DataConfig
 from megasp.errors import ConfigError
 
@@ -28,6 +30,8 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
     _model(config)
     layout = _layout(config, world_size)
     _splits(config, layout)
+    _sharding(config)
+    _precision(config)
     stages.split(config)
     _batch(config, layout)
     _training(config, layout)
@@ -67,8 +71,7 @@ def _model(config: Config) -> None:
             "at least two channels must rotate",
             "use a larger head or share",
         )
-    if model.use_rope_scaling and model.position_embedding_type != "rope":
-        raise ConfigError("--use-rope-scaling", "it scales rotary frequencies", "add --position-embedding-type rope")
+    check_rotary_scaling(model)
     if model.swiglu and model.squared_relu:
         raise ConfigError("--swiglu and --squared-relu", "an MLP has one activation", "leave one out")
     if model.attention_sinks and model.window_size is None:
@@ -102,7 +105,14 @@ def _layout(config: Config, world_size: int) -> Layout:
             "the product must divide the number of ranks",
             f"start {nearest(world_size, lambda n: n % ranks == 0)} ranks, or change a size",
         )
-    return Layout(pp=pp, dp_inner=world_size // ranks, ring=context.ring, ulysses=context.ulysses, tp=tp)
+    dp, outer = world_size // ranks, parallel.num_distributed_optimizer_instances
+    if dp % outer:
+        raise ConfigError(
+            f"num-distributed-optimizer-instances {outer} on data-parallel size {dp}",
+            "each replica is sharded over equally many ranks",
+            f"use {nearest(outer, lambda n: dp % n == 0, dp + 1)}",
+        )
+    return Layout(pp, outer, dp // outer, context.ring, context.ulysses, tp, parallel.zero_stage)
 
 
 def _splits(config: Config, layout: Layout) -> None:
@@ -135,6 +145,14 @@ def _splits(config: Config, layout: Layout) -> None:
         "each Ulysses rank holds at least one head",
         f"use --ulysses-size {max(n for n in range(1, local + 1) if layout.cp % n == 0)}, and --ring-size for the rest",
     )
+    chunks, kv_local = config.parallel.ulysses_head_chunks, max(1, kv_heads // tp)
+    most = most_chunks(local, kv_local, ulysses, between_kv=layout.ring > 1) if ulysses > 1 else 1
+    must(
+        chunks <= most,
+        f"ulysses-head-chunks {chunks} with ulysses-size {ulysses} and ring-size {layout.ring}",
+        "a chunk is at least one of a Ulysses rank's query heads, and with a ring one of its kv heads",
+        f"use --ulysses-head-chunks {most}",
+    )
     ranks = layout.cp * (tp if config.parallel.sequence_parallel else 1)
     must(
         seq % ranks == 0,
@@ -143,6 +161,43 @@ def _splits(config: Config, layout: Layout) -> None:
         "every rank must hold equally many tokens",
         f"use --seq-length {nearest(seq, lambda n: n % ranks == 0)}",
     )
+
+
+def _sharding(config: Config) -> None:
+    parallel = config.parallel
+    if parallel.num_distributed_optimizer_instances > 1 and not parallel.zero_stage:
+        raise ConfigError(
+            f"--num-distributed-optimizer-instances {parallel.num_distributed_optimizer_instances} without sharding",
+            "an instance is a replica whose ranks share out its optimizer states",
+            "add --use-distributed-optimizer, or leave it out",
+        )
+    if parallel.zero_stage == 2 and config.pipeline.defers_weight_gradients:
+        raise ConfigError(
+            f"--data-parallel-sharding-strategy optim_grads with --pipeline-schedule {config.pipeline.schedule}",
+            "deferred weight gradients are reduced at the end of the step, which is ZeRO-1 in disguise",
+            "use --data-parallel-sharding-strategy optim, or --pipeline-schedule 1f1b",
+        )
+
+
+def _precision(config: Config) -> None:
+    training, scaling = config.training, config.loss_scaling
+    if training.bf16 and training.fp16:
+        raise ConfigError("--bf16 and --fp16", "a run computes in one of them", "leave --fp16 out")
+    if training.grad_reduce_in_bf16 and not training.bf16:
+        raise ConfigError("--grad-reduce-in-bf16 without --bf16", "it is for gradients in bfloat16", "leave it out")
+    given = [field.name for field in dataclasses.fields(scaling) if getattr(scaling, field.name) is not None]
+    option = f"--{given[0].replace('_', '-')}" if given else ""
+    if given and not training.fp16:
+        raise ConfigError(f"{option} without --fp16", "it would do nothing", f"add --fp16, or leave {option} out")
+    if scaling.loss_scale is not None and len(given) > 1:
+        option = f"--{given[1].replace('_', '-')}"
+        raise ConfigError(f"--loss-scale with {option}", "a constant scale does not change", f"leave {option} out")
+    if scaling.smallest > scaling.initial:
+        raise ConfigError(
+            f"min-loss-scale {scaling.smallest:g} and initial-loss-scale {scaling.initial:g}",
+            "the loss scale begins at its smallest or above",
+            f"use --min-loss-scale {scaling.initial:g}",
+        )
 
 
 def _batch(config: Config, layout: Layout) -> None:
@@ -248,6 +303,10 @@ def _data(config: Config) -> None:
             raise ConfigError(f"--multiple-validation-sets with {names}", rule, "give prefixes of different names")
     if data.data_order == "megatron" and data.mock_data:
         raise ConfigError("--data-order megatron with --mock-data", "it orders corpora", "leave one out")
+    if data.document_packing != "stream" and (data.data_order == "megatron" or data.mock_data):
+        other = "--mock-data" if data.mock_data else "--data-order megatron"
+        rule = "it packs the documents of a corpus in the keyed order"
+        raise ConfigError(f"--document-packing {data.document_packing} with {other}", rule, "leave one out")
     if data.eod_starts_document and not (data.reset_position_ids or data.reset_attention_mask):
         raise ConfigError("--eod-starts-document", "nothing depends on documents", "add --reset-position-ids")
 
@@ -257,7 +316,14 @@ NEEDED = {
     "no_load_optim": ("load", None),
     "no_load_rng": ("load", None),
     "start_new_epoch": ("load", None),
+    "load_strict": ("load", None),
     "no_save_optim": ("save", None),
+    "async_save": ("save", None),
+    "keep_last": ("save", None),
+    "keep_every": ("save", None),
+    "exit_on_save_error": ("save", None),
+    "rotary_scaling_factor": ("rotary_scaling", None),
+    "original_max_position_embeddings": ("rotary_scaling", None),
     "tokenizer_model": ("tokenizer_type", None),
     "vocab_file": ("tokenizer_type", None),
     "merge_file": ("tokenizer_type", None),
@@ -278,7 +344,7 @@ def _ignored(config: Config) -> None:
 
 
 def _attention_kernel(config: Config, device: str) -> None:
-    dtype = "bfloat16" if config.training.bf16 else "float32"
+    dtype = config.training.compute_dtype
     backend, dropout = config.training.attention_backend, config.model.attention_dropout
     name, reasons = choose_kernel(backend, device, dtype, dropout, config.model.head_dim)
     if name is None:

@@ -8,10 +8,11 @@ indexed_dataset, indexed_dataset_builder    Megatron-LM's .bin/.idx files, read 
 tokenizer, vocabulary_tokenizers, fast_bpe  text to ids and back; tokenizer_options chooses
 text_files                                  documents in text and JSON lines
 sample_order                                the keyed order of samples, computed and never stored
-token_stream, gpt_dataset                   which tokens sample k reads
+token_stream, packing, gpt_dataset          which tokens sample k reads
 blend                                       which dataset sample k comes from
 phases                                      changes of length, batch, blend or corpus in the middle of a run
 loader                                      batches of one rank, read ahead
+document_lengths                            statistics of a corpus, and whether it looks sorted
 atomic_files                                output that appears whole or not at all
 train_tokenizer, preprocess, inspect, verify, explain      the commands: `Options` and `run`
 """

@@ -124,6 +124,7 @@ class BlendedDataset:
         return [
             f"{dataset.name}: {stop - start:,} of {samples:,} samples to come, {dataset.samples_per_epoch:,} an epoch, "
             f"{(stop - start) / dataset.samples_per_epoch:.2f} epochs"
+            + (f", {dataset.stream.padding:.2%} of them padding" if dataset.stream.padding else "")
             for dataset, (start, stop) in zip(self.datasets, counts, strict=True)
         ]
 

@@ -10,7 +10,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 
 import numpy as np
 
@@ -67,7 +68,7 @@ def encode_all(options: EncodingOptions, batches: Iterable[list[Document]]) -> G
         for batch in batches:
             yield from encode(options, batch)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _use_one_thread)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker)
     pending: deque[Future[list[Encoded]]] = deque()
     try:
         for batch in batches:
@@ -88,9 +89,19 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _use_one_thread() -> None:
-    """Keep the tokenizer of each of many processes to one thread."""
+def _begin_worker() -> None:
+    """Keep the tokenizer of each of many processes to one thread, and end this process when its parent ends: a killed
+    parent says nothing, and its workers would wait for work for ever.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @lru_cache(maxsize=1)

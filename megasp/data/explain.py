@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from megasp import log
 from megasp.config.batch_schedule import BatchSchedule
 from megasp.config.flags import REQUIRED, flag
+from megasp.config.schema import PACKINGS
 from megasp.data import phases
 from megasp.data.blend import BlendedDataset
 from megasp.data.gpt_dataset import GPTDataset
@@ -34,6 +35,7 @@ class Options(TokenizerOptions):
     global_batch_size: int | None = flag(None, "samples of a step")
     seed: int = flag(1234, "seed of the order")
     split: str = flag("969,30,1", "shares of the corpus for training, validation and test")
+    document_packing: str = flag("stream", "how documents fill samples", choices=PACKINGS)
     subset: str = flag("train", "part of the split", choices=SUBSETS)
 
 
@@ -66,7 +68,14 @@ def _phase(options: Options) -> Phase:
             rule = "a PREFIX, --seq-length and --global-batch-size say what a step reads"
             raise DataError("no --load", rule, "give these three, or --load CHECKPOINT")
         batch = BatchSchedule(options.global_batch_size)
-        return phases.first_phase(options.data_path, options.split, options.seq_length, options.seed, batch)
+        return phases.first_phase(
+            options.data_path,
+            options.split,
+            options.seq_length,
+            options.seed,
+            batch,
+            packing=options.document_packing,
+        )
     stored = [phase for phase in phases.read_checkpoint(options.load) if phase.step < options.step]
     if not stored or not stored[-1].parts:
         raise DataError(f"the run of {options.load} trains on synthetic data", "it has no documents", "name another")
@@ -77,9 +86,11 @@ def describe(dataset: BlendedDataset | GPTDataset | MegatronDataset | MegatronBl
     """The dataset, place in its order, token ranges and documents of sample k, without the token after its end (the
     last label)."""
     part, number = dataset.locate(k)
-    corpus, ranges = part.corpus, []
-    for start, stop in part.sample(number).pieces(0, part.seq_length):
+    sample, corpus, ranges = part.sample(number), part.corpus, []
+    for start, stop in sample.pieces(0, part.seq_length):
         first, last = corpus.document_at(start), corpus.document_at(stop - 1)
         begin, end = start - corpus.document_range(first)[0], stop - corpus.document_range(last)[0]
         ranges.append(f"tokens {start}-{stop - 1} = document {first} token {begin} to document {last} token {end - 1}")
+    if sample.length < part.seq_length:
+        ranges.append(f"{part.seq_length - sample.length} of padding")
     return f"sample {k}: {part.name}, {part.place(number)}: " + ", then ".join(ranges)

@@ -6,7 +6,7 @@ than L tokens stay unread, others in each epoch), and reads the slots in a keyed
     sample k  ->  epoch k // n  ->  slot order(k % n)  ->  tokens [start + slot * L, ... + L + 1) of the circle
 
 The one token more is the last label; it is the next slot's first input. Documents are read in file order: only
-samples are shuffled.
+samples are shuffled. With --document-packing best-fit the slots are samples packed of whole documents (`packing.py`).
 """
 
 import hashlib
@@ -19,13 +19,17 @@ from typing import Protocol
 import numpy as np
 
 from megasp.data.indexed_dataset import IndexedDataset
+from megasp.data.packing import BestFit
 from megasp.data.sample_order import SampleOrder
 from megasp.data.token_stream import CorpusSample, TokenStream
 from megasp.errors import DataError
 
 
 class Sample(Protocol):
-    """seq_length + 1 tokens, of which any range can be read by itself."""
+    """seq_length + 1 tokens, of which any range can be read by itself; beyond the first `length` they are padding."""
+
+    @property
+    def length(self) -> int: ...
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the sample, any integer dtype."""
@@ -114,12 +118,14 @@ class GPTDataset:
         start: where an earlier phase of the run stopped reading. Samples first finish its epoch, slot by slot in that
             epoch's order and cutting, so that no token comes twice and fewer than L are left over; then epochs of L
             follow. A sample longer than that epoch's slots is put together of several.
+        packing: "stream", or "best-fit" (one pass over the index of the split; an epoch must have been packed for L).
 
     Attributes:
         samples_per_epoch: n.
+        tokens: of the split; with best-fit packing those of its samples, padding included.
 
     Raises:
-        DataError: the split holds fewer than L tokens.
+        DataError: the split holds fewer than L tokens (best-fit: none), or what is no token ids.
     """
 
     def __init__(
@@ -130,39 +136,44 @@ class GPTDataset:
         seed: int,
         name: str | None = None,
         start: Position | None = None,
+        packing: str = "stream",
     ) -> None:
         self.corpus, self.seq_length, self.seed = corpus, seq_length, seed
         self.name = dataset_name(corpus.prefix) if name is None else name
-        self.stream = TokenStream(corpus, *map(corpus.sequence_token, sequences))
-        tokens = len(self.stream)
-        if tokens < seq_length:
-            got = f"sequences {sequences[0]} to {sequences[1]} of {corpus.prefix} hold {tokens} tokens"
+        if corpus.dtype.kind not in "iu":
+            rule = "token ids are integers"
+            raise DataError(f"{corpus.prefix} holds {corpus.dtype}", rule, "name a dataset that `preprocess` made")
+        first, stop = map(corpus.sequence_token, sequences)
+        if stop - first < (1 if packing == "best-fit" else seq_length):
+            got = f"sequences {sequences[0]} to {sequences[1]} of {corpus.prefix} hold {stop - first} tokens"
             rule = f"a split must fill one sample of --seq-length {seq_length}"
-            fix = "give it a larger share of --split" + (f", or use --seq-length {tokens} or less" if tokens else "")
-            raise DataError(got, rule, fix)
-        self.samples_per_epoch = tokens // seq_length
+            smaller = f", or use --seq-length {stop - first} or less" if stop > first else ""
+            raise DataError(got, rule, "give it a larger share of --split" + smaller)
+        self.stream = (
+            BestFit(corpus, first, stop, seq_length) if packing == "best-fit" else TokenStream(corpus, first, stop)
+        )
+        self.tokens = len(self.stream)
+        self.samples_per_epoch = self.tokens // seq_length
         self.start = start or Position(0, seq_length, 0)
         self.order = lru_cache(maxsize=8)(self._order)
 
     def _order(self, epoch: int, slot: int) -> SampleOrder:
-        return SampleOrder(len(self.stream) // slot, self.seed, self.name, epoch)
+        return SampleOrder(self.tokens // slot, self.seed, self.name, epoch)
 
     def position(self, k: int) -> Position:
         """How far the dataset has been read before sample k."""
-        return self.start.advance(k, self.seq_length, len(self.stream))
+        return self.start.advance(k, self.seq_length, self.tokens)
 
     def sample(self, k: int) -> CorpusSample:
-        """Sample k, for any k >= 0."""
+        """Sample k, for any k >= 0.
+
+        Raises:
+            DataError: the corpus has changed since it was opened.
+        """
+        self.corpus.check_unchanged()
         position = self.position(k)
-        order, offset = self.order(position.epoch, position.slot), position.offset
-        first, stop, ranges = order.start(len(self.stream)), offset + self.seq_length, []
-        while offset < stop:
-            slot, skipped = divmod(offset, position.slot)
-            count = min(position.slot - skipped, stop - offset)
-            offset += count
-            label = offset == stop  # the last label is the token after the end
-            ranges += self.stream.pieces(first + order(slot) * position.slot + skipped, count + label)
-        return CorpusSample(self.corpus, tuple(ranges))
+        order = self.order(position.epoch, position.slot)
+        return CorpusSample(self.corpus, self.stream.cut(order, position.slot, position.offset, self.seq_length))
 
     def place(self, k: int) -> str:
         """Where sample k stands in the order, in words."""
@@ -173,8 +184,8 @@ class GPTDataset:
         return self, k
 
     def fingerprint(self) -> str:
-        """An id of the corpus and the split's range in it."""
-        return f"{self.corpus.fingerprint()}:{self.stream.start}-{self.stream.stop}"
+        """An id of the corpus, the split's range in it, and how it is packed."""
+        return self.stream.fingerprint()
 
 
 def dataset_name(prefix: str) -> str:
@@ -196,7 +207,7 @@ class MockDataset:
         """Sample k, for any k >= 0."""
         key = hashlib.blake2b(f"{self.seed},{k}".encode(), digest_size=16).digest()
         first, step = int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little")
-        return MockSample(first % self.vocab_size, 1 + step % 8, self.vocab_size)
+        return MockSample(first % self.vocab_size, 1 + step % 8, self.vocab_size, self.seq_length + 1)
 
 
 @dataclass(frozen=True)
@@ -206,6 +217,7 @@ class MockSample:
     first: int
     step: int
     vocab_size: int
+    length: int
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         return (self.first + self.step * np.arange(start, stop)) % self.vocab_size

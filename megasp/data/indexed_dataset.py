@@ -11,11 +11,17 @@
 
 Everything is little-endian and packed, so the arrays are unaligned. `np.searchsorted` would first copy such an array
 whole; `bisect` touches only the entries that it compares.
+
+The index is memory-mapped. Tokens are read by `pread`: waiting for a disk in a page fault would hold Python's lock, and
+so the training thread, too; and where a file was truncated a fault ends the process, while `pread` comes back short.
 """
 
 import hashlib
 import mmap
+import os
 import struct
+import time
+import weakref
 from bisect import bisect_left, bisect_right
 from pathlib import Path
 
@@ -25,6 +31,7 @@ from megasp.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, S, D
+CHECK_SECONDS = 1.0  # between two looks at whether the files have changed
 DTYPES = {code: np.dtype(name) for code, name in enumerate(("u1", "i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), 1)}
 
 
@@ -42,7 +49,7 @@ def best_dtype(vocab_size: int) -> np.dtype:
 
 
 class IndexedDataset:
-    """A tokenized corpus on disk, memory-mapped.
+    """A tokenized corpus on disk.
 
         corpus = IndexedDataset("data/code_text_document")
         len(corpus), corpus.num_documents, corpus.num_tokens
@@ -51,7 +58,7 @@ class IndexedDataset:
         corpus.document_at(10_000)       # the document that token 10,000 belongs to
 
     Opening checks both files' sizes against the header and the last sequence, in constant time however large the
-    corpus; `megasp data verify` reads everything. Token arrays are read-only views into the file.
+    corpus; `megasp data verify` reads everything.
 
     Args:
         prefix: the path of both files without .bin and .idx.
@@ -67,15 +74,16 @@ class IndexedDataset:
                 plain = self.prefix.removesuffix(".bin").removesuffix(".idx")
                 fix = f"give the prefix, {plain}" if plain != self.prefix else "check the prefix and its directory"
                 raise DataError(f"{path} does not exist", "a dataset is the two files PREFIX.bin and PREFIX.idx", fix)
-        self._index, self._data = _map(idx_path(prefix)), _map(bin_path(prefix))
+        self._opened, self._checked = _versions(prefix), time.monotonic()
+        self._index, self._bin = _map(idx_path(prefix)), os.open(bin_path(prefix), os.O_RDONLY)
+        weakref.finalize(self, os.close, self._bin)
         self.dtype, sequences, entries = self._read_header()
         offset = HEADER.size
         self.sequence_lengths = np.frombuffer(self._index, "<i4", sequences, offset)
         self.sequence_pointers = np.frombuffer(self._index, "<i8", sequences, offset + 4 * sequences)
         self.document_indices = np.frombuffer(self._index, "<i8", entries, offset + 12 * sequences)
         self._check_ends()
-        self._tokens = np.frombuffer(self._data, self.dtype)
-        self.num_tokens = len(self._tokens)
+        self.num_tokens = self._opened[1][0] // self.dtype.itemsize
         self.num_documents = entries - 1
 
     def _read_header(self) -> tuple[np.dtype, int, int]:
@@ -113,7 +121,7 @@ class IndexedDataset:
         expected = 0
         if sequences:
             expected = int(self.sequence_pointers[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize
-        size = len(self._data)
+        size = self._opened[1][0]
         if size != expected:
             state = "shorter" if size < expected else "longer"
             got = f"{bin_path(self.prefix)} is {state} than its index says: {size} bytes"
@@ -126,12 +134,43 @@ class IndexedDataset:
     def __getitem__(self, i: int) -> np.ndarray:
         """The tokens of sequence i, [length]."""
         start = self.sequence_token(i)
-        return self._tokens[start : start + int(self.sequence_lengths[i])]
+        return self.tokens(start, start + int(self.sequence_lengths[i]))
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the corpus read as one stream, [stop - start]."""
+        """Tokens [start, stop) of the corpus read as one stream, [stop - start].
+
+        Raises:
+            DataError: the file has become shorter.
+        """
         assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
-        return self._tokens[start:stop]
+        found = np.empty(stop - start, self.dtype)
+        left, offset = found.view(np.uint8).data, start * self.dtype.itemsize
+        while left:
+            count = os.preadv(self._bin, [left], offset)
+            if count == 0:
+                raise self._changed("ends before the tokens that its index names")
+            left, offset = left[count:], offset + count
+        return found
+
+    def check_unchanged(self) -> None:
+        """Look, at most once in CHECK_SECONDS, whether both files are those that were opened, by size and time.
+
+        Raises:
+            DataError: one is gone, or was written to or replaced.
+        """
+        if time.monotonic() < self._checked + CHECK_SECONDS:
+            return
+        try:
+            changed = _versions(self.prefix) != self._opened
+        except OSError as error:
+            raise self._changed(f"is gone ({error.strerror})") from None
+        if changed:
+            raise self._changed("was written to or replaced")
+        self._checked = time.monotonic()
+
+    def _changed(self, what: str) -> DataError:
+        rule = "its order of samples and its tokens must stay what they were when the run began"
+        return DataError(f"{self.prefix} {what} while it was in use", rule, "restore it, and resume the run")
 
     def sequence_token(self, i: int) -> int:
         """The token at which sequence i begins; `num_tokens` for i = len(self)."""
@@ -141,6 +180,14 @@ class IndexedDataset:
         """The tokens [start, stop) of a document."""
         first, last = self.document_indices[document : document + 2]
         return self.sequence_token(int(first)), self.sequence_token(int(last))
+
+    def document_bounds(self, first: int, last: int) -> np.ndarray:
+        """The tokens at which documents first, first + 1, ... last begin (`last` may be num_documents), int64."""
+        sequences = self.document_indices[first : last + 1]
+        if not len(self):
+            return np.zeros(len(sequences), np.int64)
+        begins = self.sequence_pointers[np.minimum(sequences, len(self) - 1)] // self.dtype.itemsize
+        return np.where(sequences < len(self), begins, self.num_tokens)
 
     def document_at(self, token: int) -> int:
         """The document that holds `token`, by binary search."""
@@ -161,11 +208,18 @@ class IndexedDataset:
         A corpus that was appended to, rebuilt or shuffled gets another one. A few edited tokens may go unseen.
         """
         digest = hashlib.blake2b(digest_size=16)
-        for data in (self._index, self._data):
-            digest.update(len(data).to_bytes(8, "little"))
-            for start in np.linspace(0, max(0, len(data) - 4096), 16).astype(int):
-                digest.update(data[start : start + 4096])
+        for path, (size, _) in zip((idx_path(self.prefix), bin_path(self.prefix)), self._opened, strict=True):
+            digest.update(size.to_bytes(8, "little"))
+            with path.open("rb") as file:
+                for start in np.linspace(0, max(0, size - 4096), 16).astype(int).tolist():
+                    digest.update(os.pread(file.fileno(), 4096, start))
         return digest.hexdigest()
+
+
+def _versions(prefix: str | Path) -> tuple[tuple[int, int], ...]:
+    """(size, time of the last change in ns) of .idx and .bin."""
+    stats = (idx_path(prefix).stat(), bin_path(prefix).stat())
+    return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
 
 
 def _map(path: Path) -> mmap.mmap | bytes:

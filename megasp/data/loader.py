@@ -14,7 +14,7 @@ A batch knows where its documents begin:
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -25,6 +25,12 @@ import numpy as np
 from megasp.config.batch_schedule import BatchSchedule
 from megasp.data.gpt_dataset import Dataset, Sample
 from megasp.errors import DataError
+
+Starts = tuple[np.ndarray, ...]
+"""For each row the positions at which a document begins, int64, ascending, 0 always among them."""
+
+Ranges = tuple[tuple[int, int], ...]
+"""Half-open ranges of positions, in the order in which they are held."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,8 @@ class Batch:
         samples: number of each sample, int64 [B].
         position_ids: the positions that the model sees, int64 [B, S], where they restart with each document; else
             None, and they are `positions`.
-        document_starts: for each row the positions of the whole sample (not of this rank's shard) at which a document
-            begins, int64, ascending, 0 always among them; None where attention is not restricted to documents.
+        document_starts: where documents begin in each whole sample (not in this rank's shard); None where attention is
+            not restricted to documents.
     """
 
     tokens: np.ndarray
@@ -49,7 +55,7 @@ class Batch:
     positions: np.ndarray
     samples: np.ndarray
     position_ids: np.ndarray | None = None
-    document_starts: tuple[np.ndarray, ...] | None = None
+    document_starts: Starts | None = None
 
 
 @dataclass(frozen=True)
@@ -75,14 +81,14 @@ class DocumentRules:
 class Loader:
     """An endless iterator of steps, each a list of microbatches.
 
-        with Loader(dataset, shard_map.ranges[cp_rank], micro_batch_size=2, global_batch_size=64, ...) as loader:
+        with Loader(dataset, lambda documents: shards.of(documents).ranges[cp_rank], micro_batch_size=2, ...) as loader:
             for step in range(train_iters):
                 for batch in loader.step():
                     ...
 
     Args:
         dataset: where the samples come from.
-        ranges: the positions [start, stop) of each sample that this rank holds (`ShardMap.ranges[rank]`).
+        ranges: the positions of each sample that this rank holds, of a microbatch whose `document_starts` these are.
         micro_batch_size: B, samples of a microbatch on this rank.
         batch: samples of each step over all ranks; multiples of B x dp_size.
         dp_rank, dp_size: this rank among those that read different samples.
@@ -101,7 +107,7 @@ class Loader:
     def __init__(
         self,
         dataset: Dataset,
-        ranges: Sequence[tuple[int, int]],
+        ranges: Callable[[Starts | None], Ranges],
         *,
         micro_batch_size: int,
         batch: BatchSchedule,
@@ -114,10 +120,9 @@ class Loader:
     ) -> None:
         per_pass = micro_batch_size * dp_size
         assert all(size % per_pass == 0 for size in batch.sizes()), (batch, micro_batch_size, dp_size)
-        self.dataset, self.ranges, self.vocab_size, self.documents = dataset, tuple(ranges), vocab_size, documents
+        self.dataset, self.ranges, self.vocab_size, self.documents = dataset, ranges, vocab_size, documents
         self.micro_batch_size, self.batch = micro_batch_size, batch
         self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.positions = np.concatenate([np.arange(start, stop) for start, stop in ranges])
         self.consumed_samples = first_sample
         self.prefetch = prefetch
         self._reader = ThreadPoolExecutor(1, "megasp-loader")
@@ -145,22 +150,27 @@ class Loader:
     def _microbatch(self, first_sample: int) -> Batch:
         numbers = np.arange(first_sample, first_sample + self.micro_batch_size)
         samples, rules = [self.dataset.sample(k) for k in numbers.tolist()], self.documents
-        tokens, labels = (np.empty((len(numbers), len(self.positions)), np.int64) for _ in range(2))
+        starts = position_ids = None
+        if rules.reset_positions or rules.reset_attention:
+            starts = tuple(map(self._document_starts, samples))
+        seen = starts if rules.reset_attention else None
+        ranges = self.ranges(seen)
+        positions = np.concatenate([np.arange(start, stop) for start, stop in ranges])
+        if rules.reset_positions and starts is not None:
+            position_ids = np.stack([_position_ids(positions, row) for row in starts])
+        tokens, labels = (np.empty((len(numbers), len(positions)), np.int64) for _ in range(2))
         for row, sample in enumerate(samples):
             column = 0
-            for start, stop in self.ranges:
+            for start, stop in ranges:
                 ids = self._checked(sample, start, stop + 1)  # the last label lies one past the shard
                 columns = slice(column, column + stop - start)
                 tokens[row, columns], labels[row, columns] = ids[:-1], ids[1:]
                 column += stop - start
-        mask = (tokens != rules.eod) if rules.mask_loss else np.ones(tokens.shape, bool)
-        starts = position_ids = None
-        if rules.reset_positions or rules.reset_attention:
-            starts = tuple(map(self._document_starts, samples))
-        if rules.reset_positions and starts is not None:
-            position_ids = np.stack([self._position_ids(row) for row in starts])
-        starts = starts if rules.reset_attention else None
-        return Batch(tokens, labels, mask.astype(np.float32), self.positions, numbers, position_ids, starts)
+        ends = np.array([sample.length for sample in samples])
+        mask = positions < ends[:, None] - 1  # padding, and what comes before it, has no label
+        if rules.mask_loss:
+            mask &= tokens != rules.eod
+        return Batch(tokens, labels, mask.astype(np.float32), positions, numbers, position_ids, seen)
 
     def _document_starts(self, sample: Sample) -> np.ndarray:
         length = self.dataset.seq_length
@@ -169,10 +179,6 @@ class Loader:
             return starts
         after_eod = np.flatnonzero(sample.tokens(0, length) == self.documents.eod) + 1
         return np.union1d(starts, after_eod[after_eod < length])
-
-    def _position_ids(self, starts: np.ndarray) -> np.ndarray:
-        """The place in its document of each position of this rank, [S]."""
-        return self.positions - starts[np.searchsorted(starts, self.positions, side="right") - 1]
 
     def _checked(self, sample: Sample, start: int, stop: int) -> np.ndarray:
         """The sample's tokens [start, stop), all of them in the vocabulary."""
@@ -203,3 +209,8 @@ class Loader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _position_ids(positions: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The place of each position in its document."""
+    return positions - starts[np.searchsorted(starts, positions, side="right") - 1]

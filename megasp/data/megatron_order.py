@@ -74,10 +74,11 @@ class MegatronDataset:
         return self, k
 
     def sample(self, k: int) -> CorpusSample:
-        """Sample k, for 0 <= k < len(self)."""
+        """Sample k, for 0 <= k < len(self). Raises DataError where the corpus has changed since it was opened."""
         if not 0 <= k < len(self):
             rule = f"Megatron-LM's order of {self.name} ends after {len(self)}"
             raise DataError(f"sample {k}", rule, "use the --train-iters (or --train-samples) of the run that began")
+        self.corpus.check_unchanged()
         position = int(self._samples[k]) * self.seq_length
         left, ranges = self.seq_length + 1, []
         i = int(np.searchsorted(self._starts, position, side="right")) - 1

@@ -34,7 +34,7 @@ class Part:
     Attributes:
         weight: share of the samples, an exact fraction as text; "" in Megatron-LM's order where none was given.
         fingerprint: of its corpus and split (`GPTDataset.fingerprint`).
-        tokens: of its split.
+        tokens: of its split (`GPTDataset.tokens`).
         position: where the phase begins to read it.
     """
 
@@ -52,6 +52,7 @@ class Phase:
 
     Attributes:
         megatron_samples: in Megatron-LM's order, how many samples the run asks for; 0 in the keyed order.
+        packing: of documents into samples (--document-packing).
     """
 
     step: int
@@ -62,6 +63,7 @@ class Phase:
     batch: BatchSchedule
     parts: tuple[Part, ...]
     megatron_samples: int = 0
+    packing: str = "stream"
 
     def first_sample(self, step: int) -> int:
         """The first sample of the step after `step` finished ones."""
@@ -82,7 +84,9 @@ class Phase:
             ranges = split_ranges(self.split, len(corpus))
             corpora.append((corpus, ranges[subset]))
             start = part.position if subset == 0 else None
-            datasets.append(GPTDataset(corpus, ranges[subset], self.seq_length, self.seed, part.name, start))
+            datasets.append(
+                GPTDataset(corpus, ranges[subset], self.seq_length, self.seed, part.name, start, self.packing)
+            )
             if subset == 0 and datasets[-1].fingerprint() != part.fingerprint:
                 rule = f"step {self.step + 1} and those after it were taken from it as it was ({part.fingerprint})"
                 raise DataError(f"{part.prefix} has changed ({datasets[-1].fingerprint()})", rule, "restore it")
@@ -102,10 +106,16 @@ class Phase:
 
 
 def first_phase(
-    data_path: Sequence[str], split: str, seq_length: int, seed: int, batch: BatchSchedule, megatron_samples: int = 0
+    data_path: Sequence[str],
+    split: str,
+    seq_length: int,
+    seed: int,
+    batch: BatchSchedule,
+    megatron_samples: int = 0,
+    packing: str = "stream",
 ) -> Phase:
     """The phase that flags describe, at the beginning of all datasets. Without weights, datasets are mixed in
-    proportion to their tokens. An empty `data_path` stands for synthetic data.
+    proportion to their tokens (in best-fit packing, to their samples). An empty `data_path` stands for synthetic data.
 
     Raises:
         DataError: a bad blend, or a corpus that cannot be read.
@@ -114,12 +124,11 @@ def first_phase(
     names = unique_names([prefix for _, prefix in pairs])
     for (weight, prefix), name in zip(pairs, names, strict=True):
         corpus = IndexedDataset(prefix)
-        dataset = GPTDataset(corpus, split_ranges(split, len(corpus))[0], seq_length, seed, name)
-        tokens = len(dataset.stream)
-        position = Position(0, seq_length, 0)
-        share = str(weight or "") if megatron_samples else str(weight or tokens)
-        parts.append(Part(name, prefix, share, dataset.fingerprint(), tokens, position))
-    return Phase(0, 0, seq_length, split, seed, batch, tuple(parts), megatron_samples)
+        sequences = split_ranges(split, len(corpus))[0]
+        dataset = GPTDataset(corpus, sequences, seq_length, seed, name, packing=packing)
+        share = str(weight or "") if megatron_samples else str(weight or dataset.tokens)
+        parts.append(Part(name, prefix, share, dataset.fingerprint(), dataset.tokens, Position(0, seq_length, 0)))
+    return Phase(0, 0, seq_length, split, seed, batch, tuple(parts), megatron_samples, packing)
 
 
 def go_on(stored: Sequence[Phase], wanted: Phase, step: int, samples: int, new_epoch: bool) -> tuple[Phase, ...]:
@@ -154,7 +163,8 @@ def go_on(stored: Sequence[Phase], wanted: Phase, step: int, samples: int, new_e
         if changed and not new_epoch:
             raise DataError(
                 f"{part.prefix} was {before.fingerprint} in the run so far and is now {part.fingerprint}",
-                "a corpus that was appended to, rebuilt or split differently has another order of samples",
+                "a corpus that was appended to, rebuilt or split differently has another order of samples; so has one "
+                "that is packed differently, or by best-fit for another --seq-length",
                 "restore it, or begin a new epoch of it by --start-new-epoch",
             )
         cut_anew = new_epoch and position.slot != wanted.seq_length
@@ -191,6 +201,8 @@ def describe(phase: Phase) -> list[str]:
     blend = " + ".join(f"{float(share / sum(shares)):.4g} {part.name}" for share, part in parts)
     if phase.megatron_samples:
         blend += f", in Megatron-LM's order of {phase.megatron_samples:,} samples"
+    if phase.packing != "stream":
+        blend += f", documents packed by {phase.packing}"
     lines = [f"from step {phase.step + 1}: {batch} samples a step, {phase.seq_length} tokens each, {blend or 'mock'}"]
     for part in phase.parts:
         position, rest = part.position, part.position.finishing(phase.seq_length, part.tokens)

@@ -9,7 +9,7 @@ from megasp.data.indexed_dataset_builder import IndexedDatasetBuilder
 from megasp.data.sample_order import SampleOrder
 
 BUFFER = 1 << 28  # bytes of tokens in memory
-LONG = 1 << 20  # bytes of a document that is copied from file to file instead
+LONG = 1 << 20  # bytes of a document that is copied piece by piece instead
 
 
 def add_shuffled(builder: IndexedDatasetBuilder, parts: Sequence[IndexedDataset], seed: int) -> None:
@@ -24,11 +24,20 @@ def add_shuffled(builder: IndexedDatasetBuilder, parts: Sequence[IndexedDataset]
     count = max(1, BUFFER // mean)
     for start in range(0, int(firsts[-1]), count):
         sources = order.many(np.arange(start, min(int(firsts[-1]), start + count)))
-        documents: list[np.ndarray] = [np.empty(0)] * len(sources)
-        for place in np.argsort(sources).tolist():
-            number = int(np.searchsorted(firsts, sources[place], side="right")) - 1
-            part = parts[number]
-            tokens = part.tokens(*part.document_range(int(sources[place] - firsts[number])))
-            documents[place] = np.array(tokens) if tokens.nbytes <= LONG else tokens
-        for tokens in documents:
-            builder.add_document(tokens)
+        numbers = np.searchsorted(firsts, sources, side="right") - 1
+        places = [
+            (parts[number], *parts[number].document_range(int(source - firsts[number])))
+            for number, source in zip(numbers.tolist(), sources, strict=True)
+        ]
+        short: dict[int, np.ndarray] = {}
+        for i in np.argsort(sources).tolist():
+            part, first, stop = places[i]
+            if (stop - first) * builder.dtype.itemsize <= LONG:
+                short[i] = part.tokens(first, stop)
+        for i, (part, first, stop) in enumerate(places):
+            if i in short:
+                builder.add_document(short.pop(i))
+                continue
+            for begin in range(first, stop, LONG):
+                builder.extend_document(part.tokens(begin, min(stop, begin + LONG)))
+            builder.end_document()

@@ -15,6 +15,7 @@ import json
 import lzma
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from megasp.config.flags import REQUIRED, flag
+from megasp.data.long_lines import RestOfLine, text_under
 from megasp.errors import DataError
 
 JSON_LINES = (".jsonl", ".json")
@@ -181,18 +183,22 @@ def _documents(path: Path, file: BinaryIO, json_keys: Sequence[str], cut: Cutter
     """The documents of one file."""
     suffix = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
     if suffix in JSON_LINES or path == STDIN:
-        for number, line in enumerate(file, 1):
-            whole = Document(str(path), number, line)
-            if cut and len(line) > LONG and len(json_keys) == 1:
-                yield from _cut_line(whole, json_keys, cut)
+        number = 0
+        while start := file.readline(LONG):
+            number += 1
+            line = Document(str(path), number, b"")
+            if len(start) == LONG and cut and len(json_keys) == 1:
+                blocks = _rest_of_line(start, file)
+                yield from _parts(line, text_under(json_keys[0], blocks), cut)
+                deque(blocks, maxlen=0)  # what follows a mistake
             else:
-                yield whole
+                yield line._replace(raw=b"".join(_rest_of_line(start, file)))
     elif suffix == ".npy":
         yield from _rows(path)
     else:
         start = file.read(LONG + 1)
         if cut and len(start) > LONG:
-            yield from _parts(Document(str(path), 0, b""), _blocks(start, file), cut)
+            yield from _parts(Document(str(path), 0, b""), _decoded(_blocks(start, file)), cut)
         else:
             yield Document(str(path), 0, start + file.read())
 
@@ -203,35 +209,35 @@ def _blocks(start: bytes, file: BinaryIO) -> Iterator[bytes]:
         yield block
 
 
-def _cut_line(line: Document, json_keys: Sequence[str], cut: Cutter) -> Iterator[Document]:
-    """A long JSON line in parts; a bad one as it is, for the caller to find out."""
+def _rest_of_line(start: bytes, file: BinaryIO) -> Iterator[bytes]:
+    """A line of which `start` was read, in blocks."""
+    while start:
+        yield start
+        start = b"" if start.endswith(b"\n") else file.readline(PART)
+
+
+def _decoded(blocks: Iterator[bytes]) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # tolerates a byte order mark
+    yield from map(decoder.decode, blocks)
+    yield decoder.decode(b"", True)
+
+
+def _parts(document: Document, texts: Iterator[str], cut: Cutter) -> Iterator[Document]:
+    """A document in parts that begin and end where `cut` says; a bad one ends with a part of its bad bytes."""
+    text, begins = "", True
     try:
-        [text] = texts_of(line, json_keys)
-    except DataError:
-        yield line
-        return
-    yield from _parts(line._replace(raw=b""), (text[i : i + PART].encode() for i in range(0, len(text), PART)), cut)
-
-
-def _parts(document: Document, blocks: Iterator[bytes], cut: Cutter) -> Iterator[Document]:
-    """A document in parts that begin and end where `cut` says. One that is not UTF-8 ends with a part of bad bytes."""
-    decoder, text, begins = codecs.getincrementaldecoder("utf-8")(), "", True
-    block = next(blocks, None)
-    if block is not None:
-        block = block.removeprefix(codecs.BOM_UTF8)
-    while block is not None:
-        following = next(blocks, None)
-        try:
-            text += decoder.decode(block, final=following is None)
-        except UnicodeDecodeError:
-            yield document._replace(raw=block, begins=begins)
-            return
-        at = cut(text) if following is not None else 0
-        if at:
-            yield document._replace(text=text[:at], begins=begins, ends=False)
-            text, begins = text[at:], False
-        block = following
-    yield document._replace(text=text, begins=begins)
+        for more in texts:
+            at = cut(text) if text else 0
+            if at:
+                yield document._replace(text=text[:at], begins=begins, ends=False)
+                begins = False
+            text = text[at:] + more
+    except UnicodeDecodeError as error:
+        yield document._replace(raw=error.object, begins=begins)
+    except RestOfLine as line:
+        yield document._replace(raw=line.raw, begins=begins)
+    else:
+        yield document._replace(text=text, begins=begins)
 
 
 def _rows(path: Path) -> Iterator[Document]:

@@ -98,6 +98,14 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(id) for id in ids], skip_special_tokens=False)
 
+    def token(self, id: int) -> str:
+        """The text of one id, as the file writes it."""
+        return str(self._backend.id_to_token(id))
+
+    def save(self, path: Path) -> None:
+        """Write a tokenizer.json."""
+        self._backend.save(str(path))
+
 
 def last_cut_between_words(text: str, splits: Callable[[str, int], bool], window: int = 200, tries: int = 50) -> int:
     """The last place in `text` between a letter or digit and a blank before a letter, where `splits` agrees; else 0.

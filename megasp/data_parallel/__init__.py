@@ -2,5 +2,6 @@
 
 from megasp.data_parallel.gradients import clip_, global_norm, sum_partial_, sum_tied_
 from megasp.data_parallel.replicas import Replicas
+from megasp.data_parallel.weight_shards import WeightShards
 
-__all__ = ["Replicas", "clip_", "global_norm", "sum_partial_", "sum_tied_"]
+__all__ = ["Replicas", "WeightShards", "clip_", "global_norm", "sum_partial_", "sum_tied_"]

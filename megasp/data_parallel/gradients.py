@@ -81,24 +81,36 @@ def _views(parameter: nn.Parameter) -> list[tuple[Tensor, Piece]]:
     return [(parameter.grad[local.slices], piece) for piece, local in placed(parameter.pieces)]  # type: ignore[attr-defined]
 
 
-def global_norm(parameters: Sequence[nn.Parameter], model_axis: Axis) -> Tensor:
+def global_norm(
+    parameters: Sequence[nn.Parameter], *model_axes: Axis, device: torch.device | str | None = None
+) -> Tensor:
     """The norm of the whole model's gradient, fp64 scalar, the same on every rank.
 
     Args:
         parameters: this rank's, their gradients reduced.
-        model_axis: the ranks that hold one replica of the model together.
+        model_axes: their ranks hold one replica of the model together: those that split it, those that shard it.
+        device: where to sum; that of the parameters without it.
 
     Norms are taken by rows and summed in fp64: an fp32 norm over a whole embedding is off in the third digit on a CPU.
     """
     owned = [view for p in parameters for view, piece in _views(p) if piece.replica == 0]
-    device = parameters[0].device
     rows = [torch.linalg.vector_norm(view, dim=-1).double().square_().sum() for view in owned]
+    device = device or parameters[0].device
     squares = torch.stack(rows).sum() if rows else torch.zeros((), dtype=torch.float64, device=device)
-    return all_reduce_(squares, model_axis).sqrt()
+    for axis in model_axes:
+        all_reduce_(squares, axis)
+    return squares.sqrt()
 
 
-def clip_(parameters: Sequence[nn.Parameter], norm: Tensor, limit: float) -> None:
-    """Scale gradients in place so that their global norm is at most `limit`; 0 is no limit."""
-    if limit > 0:
-        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor.item())
+def clip_(parameters: Sequence[nn.Parameter], norm: Tensor, limit: float, loss_scale: float = 1.0) -> None:
+    """Take the loss scale off gradients, and scale them so that their global norm is at most `limit`; in place.
+
+    Args:
+        norm: the global norm without the loss scale.
+        limit: 0 is no limit.
+        loss_scale: what the gradients are multiplied by.
+    """
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0).item() if limit > 0 else 1.0
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if grads and (limit > 0 or loss_scale != 1):
+        torch._foreach_mul_(grads, factor / loss_scale)

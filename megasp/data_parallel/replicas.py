@@ -36,10 +36,16 @@ class Replicas:
     Args:
         model: its parameters all have the compute dtype.
         axis: the ranks over which gradients are summed.
+        gradient_dtype: of accumulation and reduction; fp32 or wider without it.
+
+    Attributes:
+        shard_axis: the ranks that share out what a rank holds of the model: this one alone.
+        owner: whether this rank writes what it holds to a checkpoint; the others hold the same.
     """
 
-    def __init__(self, model: nn.Module, axis: Axis) -> None:
-        self.axis = axis
+    def __init__(self, model: nn.Module, axis: Axis, gradient_dtype: torch.dtype | None = None) -> None:
+        self.axis, self.gradient_dtype = axis, gradient_dtype
+        self.shard_axis, self.owner = Axis("dp_cp"), axis.rank == 0
         self.parameters = list(model.parameters())
         self.masters = [_master(parameter) for parameter in self.parameters]
         self._buckets: list[_Bucket] = []
@@ -57,10 +63,10 @@ class Replicas:
             bucket.append(pair)
             elements += pair[0].numel()
             if elements >= BUCKET_ELEMENTS:
-                self._buckets.append(_Bucket(bucket, self.axis))
+                self._buckets.append(_Bucket(bucket, self.axis, self.gradient_dtype))
                 bucket, elements = [], 0
         if bucket:
-            self._buckets.append(_Bucket(bucket, self.axis))
+            self._buckets.append(_Bucket(bucket, self.axis, self.gradient_dtype))
 
     def begin_microbatch(self, last: bool) -> None:
         """Before each forward and backward: whether this backward is the step's last, whose gradients are reduced."""
@@ -82,11 +88,17 @@ class Replicas:
             master.grad = None
 
 
+def master_dtype(compute: torch.dtype) -> torch.dtype:
+    """fp32, or the compute dtype where that is wider."""
+    return torch.promote_types(compute, torch.float32)
+
+
 def _master(parameter: nn.Parameter) -> nn.Parameter:
     """The parameter itself in fp32 or wider, else an fp32 copy."""
-    if parameter.dtype not in (torch.bfloat16, torch.float16):
+    wide = master_dtype(parameter.dtype)
+    if wide == parameter.dtype:
         return parameter
-    master = nn.Parameter(parameter.detach().float())
+    master = nn.Parameter(parameter.detach().to(wide))
     master.pieces = parameter.pieces  # type: ignore[attr-defined]
     return master
 
@@ -94,11 +106,14 @@ def _master(parameter: nn.Parameter) -> nn.Parameter:
 class _Bucket:
     """One flat gradient buffer; each parameter's gradient is added to its view as autograd makes it."""
 
-    def __init__(self, pairs: list[tuple[nn.Parameter, nn.Parameter]], axis: Axis) -> None:
+    def __init__(
+        self, pairs: list[tuple[nn.Parameter, nn.Parameter]], axis: Axis, dtype: torch.dtype | None = None
+    ) -> None:
         self.axis = axis
         self.pairs = pairs
         self.reduce_when_full = False
-        self._buffer = torch.zeros(sum(m.numel() for m, _ in pairs), dtype=pairs[0][0].dtype, device=pairs[0][0].device)
+        first = pairs[0][0]
+        self._buffer = torch.zeros(sum(m.numel() for m, _ in pairs), dtype=dtype or first.dtype, device=first.device)
         self._views = [
             view.view_as(m)
             for (m, _), view in zip(pairs, self._buffer.split([m.numel() for m, _ in pairs]), strict=True)
@@ -130,4 +145,4 @@ class _Bucket:
         self._pending, self._missing = None, len(self.pairs)
         self._added.clear()
         for (master, _), view in zip(self.pairs, self._views, strict=True):
-            master.grad = view
+            master.grad = view.to(master.dtype)

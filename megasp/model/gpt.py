@@ -149,8 +149,9 @@ class GPTModel(nn.Module):
             length = tokens.shape[1] if self.embedding is not None else tokens.shape[0] * self.residual_split
             positions = torch.arange(length, device=tokens.device)
         seen = positions if position_ids is None else position_ids.t()  # [S] or [S, B]
-        info = self._tokens(positions, seen, samples, document_starts)
-        x = self._embed(tokens, seen, info.keys) if self.embedding is not None else tokens
+        keys = TokenKeys(samples, self._shard(positions)) if samples is not None and self.training else None
+        x = self._embed(tokens, seen, keys) if self.embedding is not None else tokens
+        info = self._tokens(positions, seen, keys, document_starts, x.dtype)
         offload = Offload(self.copies)
         for group, _ in self.groups:
             with offload.layer(self.layers[group.start : group.stop], wanted=group.start < self.offloaded_layers):
@@ -183,18 +184,20 @@ class GPTModel(nn.Module):
         return positions // self.residual_split, samples, self.config.hidden_size
 
     def _tokens(
-        self, positions: Tensor, seen: Tensor, samples: Tensor | None, document_starts: Documents | None
+        self,
+        positions: Tensor,
+        seen: Tensor,
+        keys: TokenKeys | None,
+        document_starts: Documents | None,
+        dtype: torch.dtype,
     ) -> Tokens:
-        """Tables for positions `seen`, and names for the tokens at `positions`."""
-        config, dtype = self.config, next(self.parameters()).dtype
+        """Tables for positions `seen` in the dtype of the activations, and names for the tokens at `positions`."""
+        config = self.config
         rotary = cos_sin(seen, config, dtype) if config.position_embedding_type == "rope" else None
         heads, kv_heads = (
             max(1, count // self.state.tp.size) for count in (config.num_attention_heads, config.kv_heads)
         )
-        work = self.attend.work(positions.shape[-1], heads, kv_heads, document_starts)
-        if samples is None or not self.training:
-            return Tokens(None, rotary, work)
-        return Tokens(TokenKeys(samples, self._shard(positions)), rotary, work)
+        return Tokens(keys, rotary, self.attend.work(positions.shape[-1], heads, kv_heads, document_starts))
 
     def _shard(self, x: Tensor) -> Tensor:
         """This tensor-parallel rank's part of dim 0, with sequence parallelism."""

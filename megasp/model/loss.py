@@ -36,6 +36,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=rows.device)
         dhidden = torch.empty_like(rows) if train else None
         dweight: Tensor | None = None
+        fp16 = weight.dtype == torch.float16
         for start in range(0, rows.shape[0], chunk):
             part = slice(start, start + chunk)
             chunk_loss, dlogits = _chunk_loss(rows[part], weight, labels[part], mask[part], axis, train)
@@ -43,22 +44,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dhidden is None or dlogits is None:
                 continue
             dhidden[part] = linear(dlogits, weight.t())
-            product = linear(dlogits.t(), rows[part].t())
-            if dweight is None:
-                dweight = product.to(wide) if chunk < rows.shape[0] else product
-            else:
-                dweight.add_(product)
-            del dlogits, product  # before the next chunk makes its own
-        if dhidden is not None and dweight is not None:
-            ctx.save_for_backward(dhidden.view_as(full), dweight.to(weight.dtype))
+            if ctx.needs_input_grad[1]:  # a frozen head has no third product
+                product = linear(dlogits.t(), rows[part].t())
+                if dweight is None:
+                    dweight = product.to(wide) if chunk < rows.shape[0] else product
+                else:
+                    dweight.add_(product)
+                del product
+            del dlogits  # before the next chunk makes its own
+        if dhidden is not None:
+            if dweight is not None and not fp16:
+                # Without the loss's divisor the sum over many rows may be too large for fp16.
+                dweight = dweight.to(weight.dtype)
+            ctx.save_for_backward(dhidden.view_as(full), dweight)
+            ctx.dtype = weight.dtype
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight = ctx.saved_tensors
         reduce = start_reduce_scatter if ctx.split else start_all_reduce
         pending = reduce(dhidden.mul_(grad), ctx.axis)
-        dweight.mul_(grad)
+        if dweight is not None:
+            dweight = dweight.mul_(grad).to(ctx.dtype)
         return pending.wait(), dweight, None, None, None, None, None
 
 

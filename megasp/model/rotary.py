@@ -1,5 +1,5 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864), in the half-split convention of GPT-NeoX and Llama, with
-Llama 3.1's frequency scaling (arXiv 2407.21783; the numbers are those of its released configuration)."""
+"""Rotary position embedding (RoFormer, arXiv 2104.09864), in the half-split convention of GPT-NeoX and Llama, and its
+scalings to longer contexts than a model was trained with."""
 
 import math
 from typing import Any
@@ -12,20 +12,57 @@ from megasp.footprint import Part
 
 LLAMA3_LOW_FREQUENCY_FACTOR = 1.0
 LLAMA3_HIGH_FREQUENCY_FACTOR = 4.0
-LLAMA3_ORIGINAL_CONTEXT = 8192
+YARN_BETA_SLOW = 1.0
+YARN_BETA_FAST = 32.0
 
 
 def frequencies(config: ModelConfig) -> Tensor:
-    """Radians per position of each rotating pair of channels, fp64 [rotary channels / 2]."""
+    """Radians per position of each rotating pair of channels, fp64 [rotary channels / 2].
+
+    --rotary-scaling by a factor f, where a context of L positions was trained with:
+
+        linear   all frequencies divided by f: positions interpolated (arXiv 2306.15595)
+        ntk      the base times f^(C / (C - 2)) of C channels: the highest frequency is kept, the lowest divided by f
+        yarn     a ramp over the channels from those that turn 32 times in L, kept, to those that turn once, divided
+                 (arXiv 2309.00071; `attention_factor` belongs to it)
+        llama3   a ramp over the frequencies from those that turn 4 times in L, kept, to those that turn once (arXiv
+                 2407.21783; the numbers are those of its released configuration)
+    """
     channels = int(config.head_dim * config.rotary_percent) // 2 * 2
-    inverse = config.rotary_base ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)
-    if not config.use_rope_scaling:
+    exponents = torch.arange(0, channels, 2, dtype=torch.float64) / channels
+    inverse = config.rotary_base**-exponents
+    if config.rotary_scaling is None:
         return inverse
-    # Wavelengths above the original context are stretched by the factor, short ones kept, those between blended.
-    wavelength = 2 * math.pi / inverse
-    low, high = LLAMA3_LOW_FREQUENCY_FACTOR, LLAMA3_HIGH_FREQUENCY_FACTOR
-    kept = ((LLAMA3_ORIGINAL_CONTEXT / wavelength - low) / (high - low)).clamp(0, 1)
-    return inverse * (kept + (1 - kept) / config.rope_scaling_factor)
+    factor, context = config.rotary_factor, config.rotary_original_context
+    if config.rotary_scaling == "linear":
+        return inverse / factor
+    if config.rotary_scaling == "ntk":
+        return config.ntk_base**-exponents
+    if config.rotary_scaling == "yarn":
+        kept = _yarn_kept(channels, config.rotary_base, context)
+    else:
+        low, high = LLAMA3_LOW_FREQUENCY_FACTOR, LLAMA3_HIGH_FREQUENCY_FACTOR
+        turns = context * inverse / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return inverse * (kept + (1 - kept) / factor)
+
+
+def _yarn_kept(channels: int, base: float, context: int) -> Tensor:
+    """Share of each frequency that YaRN leaves as it is, fp64 [channels / 2]."""
+
+    def channel(turns: float) -> float:
+        """The (fractional) number of the pair that turns so often within the context."""
+        return channels * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    first = max(math.floor(channel(YARN_BETA_FAST)), 0)
+    last = min(math.ceil(channel(YARN_BETA_SLOW)), channels - 1)
+    ramp = (torch.arange(channels // 2, dtype=torch.float64) - first) / max(last - first, 0.001)
+    return 1 - ramp.clamp(0, 1)
+
+
+def attention_factor(config: ModelConfig) -> float:
+    """What cos and sin, and so queries and keys, are multiplied by: YaRN's temperature (equation 22); else 1."""
+    return 0.1 * math.log(config.rotary_factor) + 1 if config.rotary_scaling == "yarn" else 1.0
 
 
 def cos_sin(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -35,7 +72,8 @@ def cos_sin(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple
     """
     positions = positions if positions.dim() == 2 else positions[:, None]
     angles = positions.double()[:, :, None, None] * frequencies(config).to(positions.device)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    factor = attention_factor(config)
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:

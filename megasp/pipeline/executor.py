@@ -37,6 +37,7 @@ class Pipeline:
         stages: number -> model of each stage that this rank holds.
         before_gradients: called before every action that adds to gradients, with whether it is the last one of its kind
             on its stage in this step: then what it adds can be reduced over data-parallel ranks.
+        dtype: of the residual stream.
 
     Attributes:
         watch: who is told what happens, if anybody.
@@ -48,8 +49,10 @@ class Pipeline:
         stages: Mapping[int, GPTModel],
         state: ParallelState,
         before_gradients: Callable[[bool], None],
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.plan, self.stages, self.state, self.before_gradients = plan, stages, state, before_gradients
+        self.dtype = dtype
         self.watch: Watch = lambda event, action: None
         self.weight_gradients = WeightGradients()
         for model in stages.values():
@@ -89,7 +92,7 @@ class _Run:
         self.last_of = {(action.kind, action.stage): action for action in self.row}
         model = next(iter(pipeline.stages.values()))
         shape = model.residual_shape(*batches[0].tokens.shape)
-        self.messages = Messages(schedule, self.state, shape, next(model.parameters()).dtype)
+        self.messages = Messages(schedule, self.state, shape, pipeline.dtype)
         self.kept: dict[Action, _Kept] = {}
         self.deferred: dict[Action, list[WeightGradient]] = {}  # I -> what its W must compute
         self.total = torch.zeros((), dtype=torch.float64, device=self.state.device)

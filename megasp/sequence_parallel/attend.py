@@ -6,12 +6,13 @@ Partial outputs and gradients are summed in fp32 or wider.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megasp.errors import ConfigError
 from megasp.parallel_state import Axis
 from megasp.sequence_parallel.block_kernels import AttentionDropout, Kernel, Options, VarlenKernel
 from megasp.sequence_parallel.blocks import Block, Mask
@@ -30,6 +31,11 @@ class Kept:
     """Out and lse of one attention, for a recompute of its layer that does not run attention again."""
 
     result: tuple[Tensor, Tensor] | None = None
+    chunks: dict[int, "Kept"] = field(default_factory=dict)
+
+    def for_chunk(self, number: int) -> "Kept":
+        """That of one chunk of the heads, where each is an attention of its own."""
+        return self.chunks.setdefault(number, Kept())
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, job: _Job) -> tuple[Tensor, Tensor
             rows, columns = _index(call, call.q, heads), _index(call, call.k, slice(None))
             out, lse = job.kernel.forward(queries[rows], keys[columns], values[columns], call, options)
             output.merge(out, lse, rows)
-    return mine.out.to(q.dtype), mine.lse
+    # As the model's next product reads it, so that what is kept here is what is kept there: no copy of it.
+    out = q.new_empty(q.shape[2], q.shape[0], q.shape[1], q.shape[3]).permute(1, 2, 0, 3)
+    return out.copy_(mine.out), mine.lse
 
 
 def _backward(
@@ -186,14 +194,20 @@ def attend(
         axis: the ring axis; every rank of it calls this with the same `work`.
         backend: a kernel's name, or "auto".
         causal: without `work`, whether position i sees only keys at or before i.
-        scale: of the scores; 1 / sqrt(H) without it.
+        scale: of the scores, positive; 1 / sqrt(H) without it.
         dropout: of the probabilities; only "unfused" serves it.
         kept: filled by a first call, and used instead of computing by the second, which empties it.
     Returns:
         out [S, B, N, H] and lse [B, N, S] (not differentiable).
+
+    Raises:
+        ConfigError: the kernel cannot serve this, or is not here.
     """
     probability = dropout.probability if dropout is not None else 0.0
     name = choose(backend, q.device.type, q.dtype, probability, q.shape[-1])
     work = work or Work((((0, q.shape[0]),),), Mask(causal=causal))
-    options = Options(scale or q.shape[-1] ** -0.5, dropout)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not scale > 0:
+        raise ConfigError(f"scale {scale}", "kernels multiply scores by a positive number", "multiply q instead")
+    options = Options(scale, dropout)
     return _Attend.apply(q, k, v, _Job(work, axis, KERNELS[name, q.device.type], options, kept))

@@ -19,6 +19,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from megasp.shard_map import Ranges
 
 FULL, CAUSAL, ANTICAUSAL = "full", "causal", "anticausal"
@@ -40,6 +42,14 @@ class Mask:
     window: int | None = None
     sinks: int = 0
     causal: bool = True
+
+    def pairs(self, queries: np.ndarray) -> np.ndarray:
+        """(query, key) pairs of the first `queries` queries of a document that is at least so long."""
+        assert self.causal
+        # A query sees itself, the window, and beyond that the sinks: all before it, up to so many.
+        most = 1 << 40 if self.window is None else self.window + 1 + self.sinks
+        rest = np.maximum(queries - most, 0)
+        return (queries * (queries + 1) - rest * (rest + 1)) // 2
 
 
 class Block(NamedTuple):

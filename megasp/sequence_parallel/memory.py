@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from megasp.config.heads import head_shares
 from megasp.footprint import Part
 from megasp.sequence_parallel.attention import head_parts
-from megasp.sequence_parallel.ulysses import head_shares
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ laid down backwards, which makes it a causal one.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ class Pack:
 
     def __init__(self, blocks: list[Block]) -> None:
         self.blocks, self.row, self.causal = blocks, blocks[0].row, blocks[0].kind != FULL
-        self.q, self.k = lru_cache(self._queries), lru_cache(self._keys)
+        self._made: dict[tuple[str, torch.device], tuple[Tensor, Lengths]] = {}
 
     @property
     def rows(self) -> slice:
@@ -42,11 +41,18 @@ class Pack:
         places = [(x, q_columns) for x in queries] + [(x, k_columns) for x in keys]
         return [x[self.row].index_select(1, columns).transpose(0, 1) for x, columns in places], (q_lengths, k_lengths)
 
-    def _queries(self, device: torch.device) -> tuple[Tensor, Lengths]:
-        return self._laid([block.q for block in self.blocks], device)
+    def q(self, device: torch.device) -> tuple[Tensor, Lengths]:
+        """Columns of the queries, int64 [T], and the lengths of the blocks."""
+        return self._of("q", device)
 
-    def _keys(self, device: torch.device) -> tuple[Tensor, Lengths]:
-        return self._laid([block.k for block in self.blocks], device)
+    def k(self, device: torch.device) -> tuple[Tensor, Lengths]:
+        """The same of the keys."""
+        return self._of("k", device)
+
+    def _of(self, side: str, device: torch.device) -> tuple[Tensor, Lengths]:
+        if (side, device) not in self._made:
+            self._made[side, device] = self._laid([getattr(block, side) for block in self.blocks], device)
+        return self._made[side, device]
 
     def _laid(self, ranges: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Lengths]:
         """Columns int64 [T] and the lengths of the ranges."""

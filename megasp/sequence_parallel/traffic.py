@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
+from megasp.config.heads import head_chunks
 from megasp.parallel_state import Traffic
 from megasp.sequence_parallel.attention import ring_heads
-from megasp.sequence_parallel.schedules import DKV, DQ, KV, OUT, Message, Q
-from megasp.sequence_parallel.ulysses import head_shares
+from megasp.sequence_parallel.schedules import DKV, DQ, KV, OUT, Q
 from megasp.sequence_parallel.work import Work
 
 
@@ -44,40 +44,32 @@ class AttentionShape:
 
 
 def ring_traffic(
-    shape: AttentionShape, work: Work, ulysses: int, ulysses_rank: int, rank: int
+    shape: AttentionShape, work: Work, ulysses: int, ulysses_rank: int, rank: int, chunks: int = 1
 ) -> tuple[Traffic, Traffic]:
-    """(forward, backward) over the ring axis of the ring rank `rank`."""
-    heads, kv_heads = ring_heads(shape.heads, shape.kv_heads, ulysses, ulysses_rank)
-    rows = shape.tokens * ulysses * shape.samples
-    kv = rows * kv_heads // work.schedule.parts * shape.head_dim
-    q = rows * heads * shape.head_dim
-    lse = rows * heads * shape.wide
-
-    def size(message: Message, backward: bool) -> int:
-        if message.what == Q and backward:  # with the output and its gradient
-            return 3 * q * shape.item + lse
-        return {
-            KV: 2 * kv * shape.item,
-            Q: q * shape.item,
-            OUT: q * shape.item + lse,
-            DKV: 2 * kv * shape.wide,
-            DQ: q * shape.wide,
-        }[message.what]
-
+    """(forward, backward) over the ring axis of the ring rank `rank`; Ulysses' chunks are a ring attention each."""
     directions = Traffic(), Traffic()
-    for backward, steps in enumerate((work.schedule.forward, work.schedule.backward)):
-        for message in (m for step in steps for m in step.messages if m.source == rank):
-            directions[backward].add("send", size(message, bool(backward)))
+    for heads, kv_heads in ring_heads(shape.heads, shape.kv_heads, ulysses, ulysses_rank, chunks):
+        rows = shape.tokens * ulysses * shape.samples
+        kv = rows * kv_heads // work.schedule.parts * shape.head_dim
+        q = rows * heads * shape.head_dim
+        lse = rows * heads * shape.wide
+        sizes = {KV: 2 * kv * shape.item, DKV: 2 * kv * shape.wide, DQ: q * shape.wide}
+        forward = sizes | {Q: q * shape.item, OUT: q * shape.item + lse}
+        backward = sizes | {Q: 3 * q * shape.item + lse}  # with the output and its gradient
+        for direction, steps, size in zip(directions, work.schedule[:2], (forward, backward), strict=True):
+            for message in (m for step in steps for m in step.messages if m.source == rank):
+                direction.add("send", size[message.what])
     return directions
 
 
-def ulysses_traffic(shape: AttentionShape, ulysses: int, rank: int) -> tuple[Traffic, Traffic]:
-    """(forward, backward) over the Ulysses axis of the Ulysses rank `rank`."""
+def ulysses_traffic(shape: AttentionShape, ulysses: int, rank: int, chunks: int = 1) -> tuple[Traffic, Traffic]:
+    """(forward, backward) over the Ulysses axis of the Ulysses rank `rank`: two exchanges a chunk in each."""
     forward, backward = Traffic(), Traffic()
-    if ulysses > 1:
-        shares = head_shares(shape.heads, shape.kv_heads, ulysses)
+    if ulysses == 1:
+        return forward, backward
+    per_head = shape.tokens * shape.samples * shape.head_dim * shape.item
+    for shares in zip(*head_chunks(shape.heads, shape.kv_heads, ulysses, chunks), strict=True):
         others = [share for other, share in enumerate(shares) if other != rank]
-        per_head = shape.tokens * shape.samples * shape.head_dim * shape.item
         mine = shares[rank].sizes
         forward.add("all_to_all", sum(sum(share.sizes) for share in others) * per_head)  # q, k, v to their heads' ranks
         forward.add("all_to_all", len(others) * mine[0] * per_head)  # my heads' output to its tokens' ranks

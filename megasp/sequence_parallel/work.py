@@ -42,6 +42,11 @@ class Work:
         pairs = frozenset((q, k) for q in ranks for k in ranks if any(True for _ in self._between(q, k)))
         self.schedule = SCHEDULES[comm](len(held), pairs, parts)
 
+    @property
+    def documents(self) -> list[Sequence[int]] | None:
+        """Where documents begin in each sample; None where every sample is one."""
+        return None if self._rows[0][0] is None else [starts for _, starts in self._rows]
+
     def _between(self, q: int, k: int) -> Iterator[Block]:
         for row, starts in self._rows:
             yield from blocks(self.held[q], self.held[k], self.mask, starts, row)

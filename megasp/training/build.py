@@ -8,13 +8,14 @@ from torch import nn
 from megasp.config.context_parallel import split_context
 from megasp.config.schema import Config
 from megasp.config.stages import split
-from megasp.data_parallel import Replicas
+from megasp.data_parallel import Replicas, WeightShards
 from megasp.model import Factory, GPTModel
 from megasp.parallel_state import ParallelState
 from megasp.pipeline.executor import Pipeline
 from megasp.pipeline.schedules import placement
 from megasp.sequence_parallel import Mask, SequenceAttention, kernels
-from megasp.shard_map import ShardMap
+from megasp.sequence_parallel.shards import Shards, shards
+from megasp.training.loss_scale import LossScale
 from megasp.training.optimizer import build_optimizer
 
 
@@ -24,12 +25,18 @@ class Training:
 
     config: Config
     state: ParallelState
-    shard_map: ShardMap
+    shards: Shards
     model: nn.ModuleList
     pipeline: Pipeline
-    replicas: Replicas
+    replicas: Replicas | WeightShards
     optimizer: torch.optim.AdamW
+    loss_scale: LossScale
     attention_kernel: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and products."""
+        return self.pipeline.dtype
 
     @property
     def tied(self) -> list[nn.Parameter]:
@@ -44,18 +51,14 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
 
     Args:
         config: validated.
-        dtype: compute dtype; bfloat16 or float32 as the configuration says without it.
+        dtype: compute dtype; as the configuration says without it.
     """
-    dtype = dtype or (torch.bfloat16 if config.training.bf16 else torch.float32)
+    dtype = dtype or getattr(torch, config.training.compute_dtype)
     kernel = attention_kernel(config, state.device, dtype)
     context = split_context(config)
-    seq_length, ring = config.training.seq_length, state.ring.size
-    if ring == 1 or context.ring_mode == "lightseq":  # which balances contiguous shards by itself
-        shard_map = ShardMap.contiguous(seq_length, state.cp.size)
-    else:
-        shard_map = ShardMap.zigzag(seq_length, ring, state.ulysses.size)
     mask = Mask(config.model.window_size, config.model.attention_sinks)
-    plan = config.pipeline
+    held = shards(config.training.seq_length, state.ring.size, state.ulysses.size, context.ring_mode, mask)
+    chunks, plan = config.parallel.ulysses_head_chunks, config.pipeline
     owner = placement(plan.schedule, plan.ranks, plan.chunks)
     stages = {
         stage.number: GPTModel(
@@ -65,7 +68,7 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
             first=stage.first,
             last=stage.last,
             sequence_parallel=config.parallel.sequence_parallel,
-            attend=SequenceAttention(state, shard_map, kernel, context.ring_mode, mask),
+            attend=SequenceAttention(state, held, kernel, context.ring_mode, mask, chunks),
             recompute=config.activations.recompute,
             tiled_mlp=config.activations.tiled_mlp,
             offloaded_layers=config.activations.offloaded(len(stage.layers)),
@@ -75,10 +78,17 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
         if owner[stage.number] == state.pp.rank
     }
     model = nn.ModuleList(stages.values())
-    replicas = Replicas(model, state.gradients)
-    pipeline = Pipeline(plan, stages, state, replicas.begin_microbatch)
+    gradient_dtype = torch.bfloat16 if config.training.grad_reduce_in_bf16 else None
+    replicas: Replicas | WeightShards
+    zero = config.parallel.zero_stage
+    if zero and state.axes["dp_cp"].size > 1:
+        replicas = WeightShards(list(stages.values()), state, zero, gradient_dtype, plan.defers_weight_gradients)
+    else:
+        replicas = Replicas(model, state.gradients, gradient_dtype)
+    pipeline = Pipeline(plan, stages, state, replicas.begin_microbatch, dtype)
     optimizer = build_optimizer(replicas.masters, config.optimizer)
-    return Training(config, state, shard_map, model, pipeline, replicas, optimizer, kernel)
+    loss_scale = LossScale.of(config)
+    return Training(config, state, held, model, pipeline, replicas, optimizer, loss_scale, kernel)
 
 
 def attention_kernel(config: Config, device: torch.device, dtype: torch.dtype) -> str:

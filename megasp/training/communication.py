@@ -18,10 +18,11 @@ def expected(training: Training, microbatches: Sequence[Batch]) -> dict[str, Tra
     recompute = training.config.activations.recompute
     repeats = recompute.attention_runs()
     heads, kv_heads = (max(1, count // state.tp.size) for count in (model.num_attention_heads, model.kv_heads))
-    dtype = next(training.model.parameters()).dtype
+    dtype = training.dtype
     stages = training.pipeline.stages.values()
     layers, attend = sum(len(stage.layers) for stage in stages), next(iter(stages)).attend
     again = sum(len(group) for stage in stages for group, does in recompute.groups(len(stage.layers)) if does)
+    chunks = attend.attention.chunks
     totals = {axis: Traffic() for axis in repeats}
     for batch in microbatches:
         samples, tokens = batch.tokens.shape
@@ -29,8 +30,8 @@ def expected(training: Training, microbatches: Sequence[Batch]) -> dict[str, Tra
         work = attend.work(tokens, heads, kv_heads, batch.document_starts)
         ulysses = state.ulysses
         of_layer = {
-            "ulysses": ulysses_traffic(shape, ulysses.size, ulysses.rank),
-            "ring": ring_traffic(shape, work, ulysses.size, ulysses.rank, state.ring.rank),
+            "ulysses": ulysses_traffic(shape, ulysses.size, ulysses.rank, chunks),
+            "ring": ring_traffic(shape, work, ulysses.size, ulysses.rank, state.ring.rank, chunks),
         }
         for axis, (forward, backward) in of_layer.items():
             totals[axis].add_all(forward, layers + (repeats[axis] - 1) * again)

@@ -8,11 +8,12 @@ from pathlib import Path
 from megasp import log
 from megasp.config.layout import Layout
 from megasp.config.schema import Config
-from megasp.data import Dataset, DocumentRules, Loader, MockDataset, Tokenizer, TokenizerOptions
+from megasp.data import Dataset, DocumentRules, IndexedDataset, Loader, MockDataset, Tokenizer, TokenizerOptions
+from megasp.data.document_lengths import SORTED, looks_sorted, some_lengths
 from megasp.data.phases import Phase, first_phase
 from megasp.errors import ConfigError, DataError
 from megasp.parallel_state import ParallelState
-from megasp.shard_map import ShardMap
+from megasp.sequence_parallel.shards import Shards
 
 VALIDATION = "validation"
 """Name of the validation set where there is one."""
@@ -77,7 +78,7 @@ def phase_of(config: Config, layout: Layout) -> Phase:
     batch = config.batch_schedule(layout)
     samples = training.train_samples or batch.advance(0, training.train_iters or 0)
     megatron = samples if data.data_order == "megatron" else 0
-    return first_phase(path, split, training.seq_length, training.seed, batch, megatron)
+    return first_phase(path, split, training.seq_length, training.seed, batch, megatron, data.document_packing)
 
 
 def build_datasets(config: Config, phase: Phase | None = None) -> Datasets:
@@ -116,7 +117,15 @@ def build_datasets(config: Config, phase: Phase | None = None) -> Datasets:
 
 def _whole(config: Config, phase: Phase, data_path: Sequence[str]) -> Dataset:
     """All of some corpora, blended."""
-    return first_phase(data_path, "1", config.training.seq_length, config.training.seed, phase.batch).dataset()
+    length, seed, packing = config.training.seq_length, config.training.seed, config.data.document_packing
+    return first_phase(data_path, "1", length, seed, phase.batch, packing=packing).dataset()
+
+
+def warn_of_sorted_corpora(phase: Phase) -> None:
+    """Warn of each corpus whose documents look sorted, by a thousand of them."""
+    for part in phase.parts:
+        if looks_sorted(some_lengths(IndexedDataset(part.prefix))):
+            log.warning(f"{part.prefix} {SORTED}")
 
 
 def constant_batch(config: Config) -> Config:
@@ -125,7 +134,7 @@ def constant_batch(config: Config) -> Config:
 
 
 def build_loader(
-    config: Config, state: ParallelState, shard_map: ShardMap, dataset: Dataset, first_sample: int = 0
+    config: Config, state: ParallelState, shards: Shards, dataset: Dataset, first_sample: int = 0
 ) -> Loader:
     """Batches of this rank: its samples of each step, its positions of each sample."""
     data = config.data
@@ -138,7 +147,7 @@ def build_loader(
     )
     return Loader(
         dataset,
-        shard_map.ranges[state.cp.rank],
+        lambda starts: shards.of(starts).ranges[state.cp.rank],
         micro_batch_size=config.training.micro_batch_size,
         batch=config.batch_schedule(state.layout),
         dp_rank=state.dp.rank,

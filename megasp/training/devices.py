@@ -42,5 +42,5 @@ def known_peak(device_name: str, dtype: torch.dtype) -> float | None:
     """Dense peak of the GPU of that name; None if it is not in the table."""
     for words, bf16, fp32 in _PEAKS:
         if re.search(rf"\b{words}\b", device_name):
-            return {torch.bfloat16: bf16, torch.float32: fp32}.get(dtype)
+            return {torch.bfloat16: bf16, torch.float16: bf16, torch.float32: fp32}.get(dtype)
     return None

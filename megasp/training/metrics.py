@@ -3,11 +3,11 @@
 The metrics file holds strict JSON, a line for each step and each evaluation, written as they happen:
 
     {"step": 120, "loss": 5.123412, "grad_norm": 0.87, "lr": 0.0012, "tokens": 491520, "tokens_per_s": 12345.6,
-     "tflops_per_device": 0.12, "mfu": null, "memory_gib": 0.43, "layout": "tp2-pp1-u2-r1-dp1"}
+     "tflops_per_device": 0.12, "mfu": null, "memory_gib": 0.43, "loss_scale": null, "layout": "tp2-pp1-u2-r1-dp1"}
     {"step": 120, "validation_loss": 5.2, "layout": "tp2-pp1-u2-r1-dp1"}
 
 `step` counts finished steps, `tokens` those trained since the beginning. Floats keep full precision. What has no value
-(the MFU of a CPU), or none that JSON can say (NaN, infinity), is null.
+(the MFU of a CPU, a loss scale without fp16), or none that JSON can say (NaN, infinity), is null.
 """
 
 import json
@@ -83,7 +83,16 @@ class Metrics:
             self._board = SummaryWriter(str(tensorboard_dir), purge_step=run.start_step + 1)
 
     def step(
-        self, step: int, *, loss: float, grad_norm: float | None, lr: float, tokens: int, read: int, seconds: float
+        self,
+        step: int,
+        *,
+        loss: float,
+        grad_norm: float | None,
+        lr: float,
+        tokens: int,
+        read: int,
+        seconds: float,
+        loss_scale: float | None = None,
     ) -> None:
         """Record a finished step.
 
@@ -93,6 +102,7 @@ class Metrics:
             tokens: trained since the beginning, this step's included; masked targets do not count.
             read: tokens that went through the model in this step, from which speed is counted.
             seconds: what the step took.
+            loss_scale: that of fp16.
         """
         if not self._speaks:
             return
@@ -107,6 +117,7 @@ class Metrics:
             "tflops_per_device": tflops,
             "mfu": mfu(tflops, self._run.peak_tflops),
             "memory_gib": peak_memory_gib(self._run.device),
+            "loss_scale": loss_scale,
         }
         self._write(record)
         self._to_board(
@@ -119,6 +130,7 @@ class Metrics:
                 "tokens": tokens,
                 "tokens-per-second": tokens_per_s,
                 "memory-gib": record["memory_gib"],
+                "loss-scale": loss_scale,
             },
         )
         steps, past_seconds, past_tokens = self._since_line
@@ -183,6 +195,7 @@ class Metrics:
                 f"loss {record['loss']:.4f}",
                 f"lr {record['lr']:.1e}",
                 f"grad norm {'n/a' if norm is None else format(norm, '.2f')}",
+                *([] if record["loss_scale"] is None else [f"loss scale {record['loss_scale']:g}"]),
                 f"{tokens_per_s:,.0f} tokens/s",
                 f"{tflops:.{0 if tflops >= 100 else 2}f} TFLOP/s per device (MFU {share})",
                 f"{record['memory_gib']:.2f} GiB",

@@ -26,13 +26,21 @@ from megasp.pipeline import trace
 from megasp.pipeline.schedules import placement
 from megasp.training import communication, resume
 from megasp.training.build import Training, build
-from megasp.training.datasets import Datasets, build_datasets, build_loader, constant_batch, resolve
+from megasp.training.datasets import (
+    Datasets,
+    build_datasets,
+    build_loader,
+    constant_batch,
+    resolve,
+    warn_of_sorted_corpora,
+)
 from megasp.training.devices import peak_tflops
 from megasp.training.learning_rate import learning_rate
 from megasp.training.memory import account
 from megasp.training.memory import table as memory_table
 from megasp.training.metrics import Metrics, Run, peak_memory_gib
 from megasp.training.resume import Progress
+from megasp.training.saving import Checkpoints
 from megasp.training.step import StepResult, evaluate, train_step
 from megasp.training.stop import StopConditions
 
@@ -69,11 +77,12 @@ def _device_type(config: Config) -> str:
 def pretrain(training: Training) -> Progress:
     """Train from the start or the last checkpoint to the last step, or to a reason to stop; return how far it came."""
     config, state = training.config, training.state
-    phases = resume.data_phases(config, state.layout)
+    found = resume.find(config, state)
+    phases = resume.data_phases(config, state.layout, found)
     datasets = build_datasets(config, phases[-1])
     if config.checkpoint.save:
         checkpoints.check_writable(Path(config.checkpoint.save))
-    start = resume.resume(training)
+    start = resume.resume(training, found)
     _check_save(config, start)
     train_steps = config.train_steps(state.layout, start.step, start.samples)
     _introduce(training, datasets, phases, start, train_steps)
@@ -82,11 +91,11 @@ def pretrain(training: Training) -> Progress:
         devices=state.layout.world_size,
         device=state.device,
         flops_per_token=flops_per_token(config.model, config.training.seq_length),
-        peak_tflops=config.logging.peak_tflops or peak_tflops(state.device, next(training.model.parameters()).dtype),
+        peak_tflops=config.logging.peak_tflops or peak_tflops(state.device, training.dtype),
         train_steps=train_steps,
         start_step=start.step,
     )
-    loader = build_loader(config, state, training.shard_map, datasets.train, start.samples)
+    loader = build_loader(config, state, training.shards, datasets.train, start.samples)
     metrics = Metrics(
         run,
         file=_metrics_file(config),
@@ -98,8 +107,9 @@ def pretrain(training: Training) -> Progress:
         exit_duration_in_mins=config.training.exit_duration_in_mins,
         device=state.device,
     )
-    with loader, metrics, stop:
-        return _Loop(training, datasets, phases, loader, metrics, stop).run(start, run.train_steps)
+    saves = Checkpoints(training, phases, start.step)
+    with loader, metrics, stop, saves:
+        return _Loop(training, datasets, saves, loader, metrics, stop).run(start, run.train_steps)
 
 
 class _Loop:
@@ -109,18 +119,18 @@ class _Loop:
         self,
         training: Training,
         datasets: Datasets,
-        phases: Sequence[Phase],
+        saves: Checkpoints,
         loader: Loader,
         metrics: Metrics,
         stop: StopConditions,
     ) -> None:
-        self.training, self.datasets, self.phases = training, datasets, phases
+        self.training, self.datasets, self.saves = training, datasets, saves
         self.loader, self.metrics, self.stop = loader, metrics, stop
         self.skipped = 0
 
     def run(self, progress: Progress, train_steps: int) -> Progress:
         config = self.training.config
-        saved = start = progress.step
+        start = progress.step
         while progress.step < train_steps:
             lr = learning_rate(progress.step, config.optimizer, train_steps)
             began = time.perf_counter()
@@ -138,15 +148,15 @@ class _Loop:
                 tokens=progress.tokens,
                 read=samples * config.training.seq_length,
                 seconds=time.perf_counter() - began,
+                loss_scale=result.loss_scale if config.training.fp16 else None,
             )
             if config.logging.log_comm and (progress.step == 1 or progress.step % config.logging.log_interval == 0):
                 communication.report(self.training, microbatches)
             self._check_finite(progress, result)
             last = progress.step == train_steps
-            reason = self.stop.reason(progress.step)
-            interval = config.checkpoint.save_interval
-            if last or reason or (interval and progress.step % interval == 0):
-                saved = self._save(progress, saved)  # before an evaluation, which could fail or be killed
+            reason = self.stop.reason(progress.step, self.saves.failed)
+            # Before an evaluation, which could fail or be killed.
+            self.saves.after_step(progress, last=last or reason is not None)
             if config.training.eval_iters and (last or progress.step % config.training.eval_interval == 0):
                 for name, dataset in self.datasets.valid.items():
                     self.metrics.validation(progress.step, loss=self._loss_on(dataset), name=name)
@@ -177,10 +187,19 @@ class _Loop:
         return self.training.config.logging.trace if step == min(1, steps - 1) else None
 
     def _check_finite(self, progress: Progress, result: StepResult) -> None:
-        """Tell of a step whose gradient was NaN or infinite (it was not applied), and end a run of many such."""
-        self.skipped = 0 if math.isfinite(result.grad_norm) else self.skipped + 1
-        if self.skipped:
-            log.info(f"step {progress.step}: loss {result.loss}, gradient norm {result.grad_norm}: weights not updated")
+        """Tell of a step whose gradient was NaN or infinite (it was not applied), and end a run of many such.
+
+        An overflow of fp16 does not count while the loss scale can fall.
+        """
+        scale = self.training.loss_scale
+        finite = math.isfinite(result.grad_norm)
+        self.skipped = 0 if finite or scale.can_fall else self.skipped + 1
+        if not finite:
+            overflow = f" at loss scale {result.loss_scale:g}" if self.training.config.training.fp16 else ""
+            log.info(
+                f"step {progress.step}: loss {result.loss}, gradient norm {result.grad_norm}{overflow}: weights not "
+                f"updated" + (f", loss scale now {scale.scale:g}" if overflow else "")
+            )
         if self.skipped == MAX_SKIPPED_STEPS:
             raise DataError(
                 f"{self.skipped} steps in a row had no finite gradient",
@@ -192,15 +211,8 @@ class _Loop:
         """Mean loss of the first --eval-iters global batches of a held-out dataset, the same ones every time."""
         training, config = self.training, constant_batch(self.training.config)
         batch = config.global_batch_size(training.state.layout)
-        with build_loader(config, training.state, training.shard_map, dataset) as loader:
+        with build_loader(config, training.state, training.shards, dataset) as loader:
             return evaluate(training, (loader.read(step * batch) for step in range(config.training.eval_iters)))
-
-    def _save(self, progress: Progress, saved: int) -> int:
-        if self.training.config.checkpoint.save and progress.step != saved:
-            began = time.perf_counter()
-            directory = resume.save(self.training, progress, self.phases)
-            log.info(f"saved {directory} in {time.perf_counter() - began:.1f} s")
-        return progress.step
 
 
 def _metrics_file(config: Config) -> Path | None:
@@ -230,7 +242,7 @@ def _introduce(training: Training, datasets: Datasets, phases: Sequence[Phase], 
     """Say what will run, before it runs; and keep the effective configuration with the run."""
     config, layout = training.config, training.state.layout
     batch, model = config.global_batch_size(layout), config.model
-    dtype = str(next(training.model.parameters()).dtype).removeprefix("torch.")
+    dtype = str(training.dtype).removeprefix("torch.")
     log.info(f"layout {layout.name}: {layout.describe()}, on {training.state.device.type}")
     context = split_context(config)
     if context.reason and layout.cp > 1:
@@ -252,6 +264,8 @@ def _introduce(training: Training, datasets: Datasets, phases: Sequence[Phase], 
         left = config.batch_schedule(layout).advance(start.samples, steps - start.step) - start.samples
         for line in datasets.train.epochs(start.samples, left):
             log.info(f"data: {line}")
+    if training.state.rank == 0:
+        warn_of_sorted_corpora(phases[-1])
     log.info(
         "loss: mean over all target tokens of the global batch (Megatron-LM averages over microbatches by default)"
     )

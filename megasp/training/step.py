@@ -21,24 +21,28 @@ from megasp.training.optimizer import set_learning_rate
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step found: mean loss per token, global gradient norm before clipping, unmasked target tokens."""
+    """What a step found: mean loss per token, global gradient norm before clipping, unmasked target tokens, and the
+    loss scale that it used."""
 
     loss: float
     grad_norm: float
     tokens: int
+    loss_scale: float
 
 
 def train_step(training: Training, microbatches: Sequence[Batch], lr: float) -> StepResult:
     """Forward and backward over this rank's microbatches, reduction, clipping, and the optimizer's step."""
+    scale = training.loss_scale.scale
     loss, tokens = accumulate_gradients(training, microbatches)
-    return StepResult(loss, apply_gradients(training, lr), tokens)
+    return StepResult(loss, apply_gradients(training, lr), tokens, scale)
 
 
 def accumulate_gradients(training: Training, microbatches: Sequence[Batch]) -> tuple[float, int]:
-    """Leave the gradient of the global batch's loss on the master weights; return that loss and its token count."""
+    """Leave the gradient of the global batch's loss, times the loss scale, on the master weights; return that loss and
+    its token count."""
     training.model.train()
     tokens = _count(training, microbatches)
-    total = training.pipeline.train(microbatches, max(tokens, 1))
+    total = training.pipeline.train(microbatches, max(tokens, 1) / training.loss_scale.scale)
     training.replicas.finish()
     sum_partial_(training.replicas.masters, training.state.tp)
     sum_tied_(training.tied, training.state.ends)
@@ -46,16 +50,18 @@ def accumulate_gradients(training: Training, microbatches: Sequence[Batch]) -> t
 
 
 def apply_gradients(training: Training, lr: float) -> float:
-    """Clip, step, and publish the new weights; return the gradient's global norm before clipping.
+    """Take off the loss scale, clip, step, and publish the new weights; return the global norm before clipping.
 
-    A gradient that is not finite is not applied: the weights stay as they were.
+    A gradient that is not finite is not applied: the weights stay as they were, and a dynamic loss scale falls.
     """
-    masters = training.replicas.masters
-    norm = global_norm(masters, training.state.model)
-    if torch.isfinite(norm):
-        clip_(masters, norm, training.config.optimizer.clip_grad)
+    masters, state, scale = training.replicas.masters, training.state, training.loss_scale
+    norm = global_norm(masters, state.model, training.replicas.shard_axis, device=state.device) / scale.scale
+    finite = bool(torch.isfinite(norm))
+    if finite:
+        clip_(masters, norm, training.config.optimizer.clip_grad, scale.scale)
         set_learning_rate(training.optimizer, lr)
         training.optimizer.step()
+    scale.update(overflow=not finite)
     training.replicas.publish()
     return norm.item()
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 _PROGRAM_START = time.monotonic()  # near enough: before data and model are built
-_INTERVAL, _DURATION, _SIGNAL = 1, 2, 3  # a signal's code is _SIGNAL plus its number
+_INTERVAL, _DURATION, _SIGNAL, _SAVE = 1, 2, 3, 1000  # a signal's code is _SIGNAL plus its number
 
 
 class StopConditions:
@@ -63,9 +63,13 @@ class StopConditions:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number
 
-    def reason(self, step: int) -> str | None:
-        """Why to stop after `step` finished steps, in words; None to go on. Every rank calls it after each step."""
-        code = self._code(step)
+    def reason(self, step: int, save_failed: bool = False) -> str | None:
+        """Why to stop after `step` finished steps, in words; None to go on. Every rank calls it after each step.
+
+        Args:
+            save_failed: a save in the background failed, and must not; ranks may learn of it at different steps.
+        """
+        code = _SAVE if save_failed else self._code(step)
         if dist.is_initialized() and dist.get_world_size() > 1:
             # Signals and clocks reach ranks at different steps: the largest code of any rank counts for all.
             codes = torch.tensor(code, device=self._device)
@@ -77,6 +81,8 @@ class StopConditions:
             return f"step {step} is a multiple of --exit-interval {self._exit_interval}"
         if code == _DURATION:
             return f"the {self._minutes:g} minutes of --exit-duration-in-mins are over"
+        if code == _SAVE:
+            return "a checkpoint could not be written (--exit-on-save-error)"
         return f"a rank received {signal.Signals(code - _SIGNAL).name}"
 
     def _code(self, step: int) -> int:

@@ -25,7 +25,7 @@ def fixed_run() -> list[float]:
     state = parallel_state.ParallelState.single()
     training = build(config, state)
     assert state.layout == Layout()
-    with build_loader(config, state, training.shard_map, build_datasets(config).train) as loader:
+    with build_loader(config, state, training.shards, build_datasets(config).train) as loader:
         return [train_step(training, loader.step(), 1e-2).loss for _ in range(8)]
 
 

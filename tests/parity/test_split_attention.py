@@ -1,7 +1,8 @@
 """Every mode of attention over a split sequence against the definition, fp64: out, dq, dk, dv by name, and the bytes.
 
-The matrix is modes x Ulysses x ring sizes of 1 to 8 ranks x heads x documents x window x kernel. A run takes a seeded
-sample of it; with MEGASP_FULL_MATRIX=1 all of it.
+The matrix is modes x Ulysses x ring sizes of 1 to 8 ranks x heads x documents x window x kernel; lengths, chunks of the
+heads, and who holds what (as a run chooses, or parts dealt at random) alternate along it. A run takes a seeded sample;
+with MEGASP_FULL_MATRIX=1 all of it.
 """
 
 import itertools
@@ -16,9 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megasp import parallel_state
+from megasp.config.heads import most_chunks
 from megasp.config.layout import Layout
 from megasp.parallel_state import ParallelState, Traffic
 from megasp.sequence_parallel import Mask, SequenceAttention
+from megasp.sequence_parallel.shards import Shards, shards
 from megasp.sequence_parallel.traffic import AttentionShape, ring_traffic, ulysses_traffic
 from megasp.shard_map import ShardMap
 from tests.ranks import run_ranks
@@ -38,6 +41,8 @@ class Case(NamedTuple):
     mask: Mask
     kernel: str
     each: int  # tokens of a rank
+    chunks: int  # of the heads, under Ulysses
+    dealt: bool  # parts of the sequence are with ranks at random
 
 
 def matrix(world_size: int) -> list[Case]:
@@ -47,9 +52,12 @@ def matrix(world_size: int) -> list[Case]:
     product = itertools.product(
         ("p2p", "lightseq", "all_gather"), sizes, heads, ("none", "random", "adversarial"), masks, ("flash", "unfused")
     )
+    lengths, chunks, dealt = (itertools.cycle(some) for some in ((1, 5, 6), (1, 2, 1, 3, 4), (False, True)))
     return [
-        Case(mode, u, r, n, documents, mask, kernel, each)
-        for (mode, (u, r), n, documents, mask, kernel), each in zip(product, itertools.cycle((1, 5, 6)), strict=False)
+        Case(mode, u, r, n, documents, mask, kernel, each, min(cut, most_chunks(*n, u, r > 1)) if u > 1 else 1, deal)
+        for (mode, (u, r), n, documents, mask, kernel), each, cut, deal in zip(
+            product, lengths, chunks, dealt, strict=False
+        )
         if u <= n[0]
     ]
 
@@ -67,6 +75,14 @@ def documents_of(case: Case, length: int) -> list[np.ndarray] | None:
     return [np.array(sorted({0, 1 % length, border - 1, border % length, min(border + 1, length - 1)})), np.array([0])]
 
 
+def shards_of(case: Case, length: int) -> Shards:
+    parts = 2 * case.ring
+    if case.dealt and case.mode != "lightseq" and length % parts == 0:
+        draws = random.Random(str(case))
+        return ShardMap.balanced(length, case.ring, case.ulysses, [draws.random() for _ in range(parts)])
+    return shards(length, case.ring, case.ulysses, case.mode, case.mask)
+
+
 def difference(case: Case, state: ParallelState) -> dict[str, float]:
     """Largest error of this rank's out and gradients, and bytes sent besides the closed forms (zero)."""
     n, g = case.heads
@@ -80,13 +96,10 @@ def difference(case: Case, state: ParallelState) -> dict[str, float]:
     whole = [x.clone().requires_grad_() for x in (q, k, v)]
     want = attention(*whole, seen)
     want.backward(dout)
-    if case.mode == "lightseq":
-        shards = ShardMap.contiguous(length, state.cp.size)
-    else:
-        shards = ShardMap.zigzag(length, case.ring, case.ulysses)
-    here = torch.as_tensor(shards.positions(state.cp.rank))
+    held = shards_of(case, length)
+    here = torch.as_tensor(held.of(documents).positions(state.cp.rank))
     mine = [x[here].requires_grad_() for x in (q, k, v)]
-    attend = SequenceAttention(state, shards, case.kernel, case.mode, case.mask)
+    attend = SequenceAttention(state, held, case.kernel, case.mode, case.mask, case.chunks)
     work = attend.work(case.each, n, g, documents)
     for axis in (state.ulysses, state.ring):
         axis.traffic.reset()
@@ -103,8 +116,8 @@ def unexplained_bytes(case: Case, state: ParallelState, work: Any) -> int:
     shape = AttentionShape(case.each, SAMPLES, *case.heads, HEAD_DIM, torch.float64)
     ulysses = state.ulysses
     formulas = {
-        "ulysses": ulysses_traffic(shape, ulysses.size, ulysses.rank),
-        "ring": ring_traffic(shape, work, ulysses.size, ulysses.rank, state.ring.rank),
+        "ulysses": ulysses_traffic(shape, ulysses.size, ulysses.rank, case.chunks),
+        "ring": ring_traffic(shape, work, ulysses.size, ulysses.rank, state.ring.rank, case.chunks),
     }
     wrong = 0
     for axis, directions in formulas.items():

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from megasp import parallel_state
+from megasp.collectives import start_all_to_all
 from megasp.config.layout import Layout
 from megasp.model.dropout import attention_bits
 from megasp.parallel_state import Axis
-from megasp.sequence_parallel import UlyssesAttention, attend
+from megasp.sequence_parallel import SparseMask, UlyssesAttention, attend, sparse_attend, ulysses
 from megasp.sequence_parallel.block_kernels import AttentionDropout
 from tests.ranks import run_ranks
 
@@ -34,10 +35,17 @@ def run(attention: Any, given: list[Tensor], **options: Any) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, leaves, given[3])]
 
 
-def check(axis: Axis, attention: Any, heads: tuple[int, int], local: dict[str, Any], whole: dict[str, Any]) -> None:
+def check(
+    axis: Axis,
+    attention: Any,
+    heads: tuple[int, int],
+    local: dict[str, Any],
+    whole: dict[str, Any],
+    chunks: int = 1,
+) -> None:
     given = inputs(*heads)
     axis.traffic.reset()
-    ours = run(UlyssesAttention(attention, axis), [x.chunk(axis.size)[axis.rank] for x in given], **local)
+    ours = run(UlyssesAttention(attention, axis, chunks), [x.chunk(axis.size)[axis.rank] for x in given], **local)
     for name, got, want in zip(("out", "dq", "dk", "dv"), ours, run(attention, given, **whole), strict=True):
         want = want.chunk(axis.size)[axis.rank]
         torch.testing.assert_close(got, want, msg=lambda text, name=name: f"{name} of {heads}: {text}")
@@ -46,7 +54,7 @@ def check(axis: Axis, attention: Any, heads: tuple[int, int], local: dict[str, A
     tokens = B * S // axis.size
     width = 2 * heads[0] * H + 2 * copies * heads[1] * H
     sent = tokens * 8 * width * (axis.size - 1) // axis.size
-    assert axis.traffic.calls == {"all_to_all": 4}, "two exchanges forward, two backward"
+    assert axis.traffic.calls == {"all_to_all": 4 * chunks}, "two exchanges forward, two backward, of each chunk"
     assert axis.traffic.bytes_sent == {"all_to_all": 2 * sent}, heads
 
 
@@ -56,6 +64,10 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, power: int) -> tuple[Te
     k, v = (x.repeat_interleave(groups, 2) for x in (k, v))
     scores = torch.einsum("sbnh,tbnh->bnst", q, k) ** power
     return torch.einsum("bnst,tbnh->sbnh", scores, v), None
+
+
+def by_head(head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return (key <= query) & ((query == key) | (key % 5 == head % 5))
 
 
 def ignores_k(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
@@ -72,11 +84,60 @@ def _on_ranks(name: str) -> None:
         check(axis, ignores_k, heads, {}, {})
         dropout = {"dropout": AttentionDropout(0.4, partial(attention_bits, 5), torch.tensor([2, 9]), first_head=16)}
         check(axis, attend, heads, dropout, dropout)  # every rank drops what the whole does for its heads
+        sparse = {"mask": SparseMask(by_head, 4)}
+        check(axis, sparse_attend, heads, sparse, sparse)
+        for chunks in range(2, heads[0] // axis.size + 1):
+            check(axis, sparse_attend, heads, sparse, sparse, chunks)
+            check(axis, attend, heads, dropout, dropout, chunks)
+            check(axis, linear_attention, heads, {"power": 3}, {"power": 3}, chunks)
+            check(axis, ignores_k, heads, {}, {}, chunks)
 
 
 @pytest.mark.parametrize("name", ["u2", "u4", "u2-tp2"])
 def test_on_ranks(name: str) -> None:
     run_ranks(_on_ranks, Layout.parse(name).world_size, name)
+
+
+def _overlap() -> list[str]:
+    """What rank 0 does in three chunks, in order."""
+    axis = parallel_state.build(Layout.parse("u2"), torch.device("cpu")).ulysses
+    done: list[str] = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q):  # type: ignore[no-untyped-def]
+            done.append("attend")
+            return q.clone()
+
+        @staticmethod
+        def backward(ctx, grad):  # type: ignore[no-untyped-def]
+            done.append("backward")
+            return grad
+
+    def watched(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
+        return Watched.apply(q + 0 * (k + v).sum()), None
+
+    def start(sends: Any, receives: Any, axis: Axis) -> Any:
+        done.append("start")
+        pending = start_all_to_all(sends, receives, axis)
+
+        class Pending:
+            def wait(self) -> None:
+                done.append("wait")
+                pending.wait()
+
+        return Pending()
+
+    ulysses.start_all_to_all = start  # type: ignore[assignment]
+    run(UlyssesAttention(watched, axis, 3), [x.chunk(2)[axis.rank] for x in inputs(6, 6)])
+    return done
+
+
+def test_exchanges_overlap_the_chunk_before() -> None:
+    """Each attention, forward and backward, runs while the exchanges of its neighbours are on their way."""
+    forward = "start start wait attend start start wait attend start wait attend start wait wait wait"
+    backward = "start start start wait backward start wait backward start wait wait backward start wait wait"
+    assert run_ranks(_overlap, 2) == [f"{forward} {backward}".split()] * 2
 
 
 def _forward_alone() -> dict[str, int]:

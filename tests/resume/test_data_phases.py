@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megasp import cli
+from megasp import cli, log
 from megasp.data import IndexedDatasetBuilder, phases
 from megasp.errors import CheckpointError, DataError
 from megasp.training import pretrain
@@ -89,6 +89,37 @@ def test_validation_sets_by_name_and_a_test_set(tmp_path):
     )
     metrics = Path("ck/metrics.jsonl").read_text()
     assert all(name in metrics for name in ('"held_loss"', '"other_loss"', '"test_loss"'))
+
+
+def test_best_fit_packing_trains_resumes_and_is_explained(capsys):
+    flags = (
+        "--data-path 0.7 web 0.3 books --document-packing best-fit --eval-iters 1 --save ck --load ck --seq-length 64"
+        " --global-batch-size 4 --reset-position-ids --reset-attention-mask"
+    )
+    unbroken = train(f"{flags.replace(' ck', ' whole')} --train-iters 6")
+    steps = train(f"{flags} --train-iters 6 --exit-interval 3") + train(f"{flags} --train-iters 6")
+    assert steps == unbroken
+    losses = [re.findall(r'"loss": ([^,]*)', Path(name, "metrics.jsonl").read_text()) for name in ("ck", "whole")]
+    assert losses[0] == losses[1] and len(losses[0]) >= 6
+    capsys.readouterr()
+    assert explained(5, capsys) == steps[4]
+    assert cli.main(["data", "explain", "--load", "ck", "--step", "5"]) == 0
+    assert "packed by best-fit" in capsys.readouterr().out
+    for change in ("--seq-length 32", "--document-packing stream"):
+        with pytest.raises(DataError, match="packed differently"):
+            train(f"{flags} {change} --train-iters 7")
+    assert train(f"{flags} --seq-length 32 --train-iters 7 --start-new-epoch") == [[24, 25, 26, 27]]
+
+
+def test_a_sorted_corpus_is_warned_of_at_start(monkeypatch):
+    lengths = np.sort(np.random.default_rng(0).integers(20, 200, 300))
+    with IndexedDatasetBuilder("sorted", np.uint16) as builder:
+        for length in lengths:
+            builder.add_document(np.zeros(length, int))
+    said: list[str] = []
+    monkeypatch.setattr(log, "warning", said.append)
+    train("--data-path sorted web --eval-iters 0 --seq-length 16 --global-batch-size 2 --train-iters 1")
+    assert len(said) == 1 and said[0].startswith("sorted looks sorted")
 
 
 def test_megatrons_order_goes_on_and_takes_no_change():

@@ -218,3 +218,26 @@ def test_train_samples_count_what_was_read(corpus: str, tmp_path: Path) -> None:
     _train_here(f"{flags.replace('--global-batch-size 4', '--global-batch-size 10')} --load {tmp_path}")
     manifest = checkpoints.read_manifest(checkpoints.find_latest(tmp_path))
     assert (manifest.step, manifest.metadata["progress"]["samples"]) == (7, 40)
+
+
+def test_resume_in_another_zero_stage(tmp_path: Path, corpus: str) -> None:
+    """Hybrid ZeRO-1 on 4 ranks, then ZeRO-3 on 2, then one process: the losses of one unbroken process."""
+    flags = f"{RUN} --data-path {corpus} --split 80,20,0"
+    run_ranks(train, 1, f"{flags} --save {tmp_path}/one")
+    go_on = f"{flags} --save {tmp_path}/zero --load {tmp_path}/zero"
+    run_ranks(
+        train, 4, f"{go_on} --use-distributed-optimizer --num-distributed-optimizer-instances 2 --exit-interval 2"
+    )
+    run_ranks(train, 2, f"{go_on} --data-parallel-sharding-strategy optim_grads_params --exit-interval 4")
+    run_ranks(train, 1, go_on)
+    for (step, loss), (_, reference) in zip(losses(tmp_path / "zero"), losses(tmp_path / "one"), strict=True):
+        assert loss == pytest.approx(reference, rel=1e-5), step
+
+
+def test_a_resumed_sharded_run_is_unbroken(tmp_path: Path, corpus: str) -> None:
+    """bf16 ZeRO-3, bit for bit."""
+    flags = f"{RUN} --bf16 --data-parallel-sharding-strategy optim_grads_params --data-path {corpus} --split 80,20,0"
+    run_ranks(train, 2, f"{flags} --save {tmp_path}/unbroken")
+    run_ranks(train, 2, f"{flags} --save {tmp_path}/stopped --exit-interval 3")
+    run_ranks(train, 2, f"{flags} --save {tmp_path}/stopped --load {tmp_path}/stopped")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")

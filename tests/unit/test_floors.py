@@ -18,7 +18,7 @@ FLOORS = [
     ["megasp.model.init", "megasp.model.layers", "megasp.model.loss", "megasp.sequence_parallel"],
     ["megasp.model"],
     ["megasp.data_parallel", "megasp.pipeline"],
-    ["megasp.checkpoints"],
+    ["megasp.checkpoints", "megasp.huggingface"],
     ["megasp.training"],
     ["megasp.verify_order", "megasp.dry_run"],
     ["megasp.verify", "megasp.generate", "megasp.doctor", "megasp.memory"],

@@ -29,6 +29,13 @@ def test_schedules(name: str, flags: dict[str, object]) -> None:
     assert not dist.is_initialized()
 
 
+def test_sharded_weights() -> None:
+    """Gathers and reductions of ZeRO-3 stand in one order with tensor parallelism's and the messages."""
+    layout = Layout.parse("tp2-pp2-dp2-zero3")
+    config = in_layout(from_values(SMALL | {"pipeline_schedule": "zbv", "sequence_parallel": True}), layout)
+    assert "all 8 ranks" in verify_order.check(config, layout)
+
+
 def test_some_ranks_are_whole_pipelines() -> None:
     chosen = verify_order.some_ranks(Layout.parse("tp8-pp8-u8"))
     assert len(chosen) == 4 * 8

@@ -38,7 +38,7 @@ LLAMA = ModelConfig(
     init_method_std=0.1,
     vocab_size=300,
 )
-TIED = replace(LLAMA, untie_embeddings_and_output_weights=False, use_rope_scaling=True, rotary_base=5e5)
+TIED = replace(LLAMA, untie_embeddings_and_output_weights=False, rotary_scaling="llama3", rotary_base=5e5)
 BIASED = replace(LLAMA, add_bias_linear=True, num_query_groups=None)
 
 
@@ -136,12 +136,12 @@ def test_tokenizer_config_of_its_own(tmp_path: Path, tokenizer: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"normalization": "LayerNorm"}, "has --normalization LayerNorm: the Llama family has RMSNorm"),
-        ({"position_embedding_type": "learned_absolute"}, "has --position-embedding-type learned_absolute"),
-        ({"swiglu": False}, "has an MLP without --swiglu: the Llama family has a SwiGLU MLP"),
-        ({"add_qkv_bias": True}, "has --add-qkv-bias: .* biases in all linear layers or none"),
-        ({"rotary_percent": 0.5}, "has --rotary-percent 0.5"),
-        ({"qk_layernorm": True}, "has --qk-layernorm: .*keep this one in megasp"),
+        ({"normalization": "LayerNorm"}, "has normalization LayerNorm: .*LlamaForCausalLM, has RMSNorm"),
+        ({"position_embedding_type": "learned_absolute"}, "has position-embedding-type learned_absolute: .* has rope"),
+        ({"swiglu": False}, "has swiglu False: .* has True"),
+        ({"rotary_percent": 0.5}, "has rotary-percent 0.5: .*has 1.0"),
+        ({"window_size": 7, "attention_sinks": 2}, "has attention-sinks 2: .*MistralForCausalLM, has 0"),
+        ({"qk_layernorm": True, "add_qkv_bias": True}, "has .*keep this one in megasp"),
     ],
 )
 def test_other_families_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -156,7 +156,7 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         to_hf(tmp_path / "nowhere", tmp_path / "hf")
     extra = Shard("model", torch.zeros(2), (whole("layers.0.router.weight", (2,)),))
     save(tmp_path / "other", 1, [extra], ParallelState.single(), {"config": {"model": asdict(LLAMA)}})
-    with pytest.raises(CheckpointError, match=r"has a tensor layers.0.router.weight: the Llama family has none such"):
+    with pytest.raises(CheckpointError, match=r"has a tensor layers.0.router.weight: LlamaForCausalLM has none such"):
         to_hf(tmp_path / "other", tmp_path / "hf")
     save(tmp_path / "bare", 1, [extra], ParallelState.single(), {})
     with pytest.raises(CheckpointError, match="does not say what model it is"):

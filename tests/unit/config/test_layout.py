@@ -69,6 +69,8 @@ def test_tensor_parallel_ranks_are_neighbours() -> None:
         ("dpo2", Layout(dp_outer=2)),
         ("dp8-dpo2", Layout(dp_outer=2, dp_inner=4)),
         ("tp2-pp2-u2-r1-dp1", Layout(pp=2, ulysses=2, tp=2)),
+        ("zero3-dp2", Layout(dp_inner=2, zero=3)),
+        ("dp2-zero0", Layout(dp_inner=2)),
     ],
 )
 def test_short_names(name: str, layout: Layout) -> None:
@@ -87,6 +89,7 @@ def test_short_names(name: str, layout: Layout) -> None:
         ("cp2", "part 'cp2'"),
         ("tp2-tp2", "'tp2-tp2', part 'tp2': .*each once"),
         ("dp3-dpo2", r"dpo \(2\) must divide dp \(3\); use dp2"),
+        ("dp2-zero4", "ZeRO has the stages 0 to 3; use zero3"),
         ("tp0", "layout axis tp is 0: every axis has at least one rank"),
         ("dp0", "layout axis dp_inner is 0"),
     ],
@@ -108,5 +111,8 @@ def test_derived_sizes_and_words() -> None:
     assert (layout.dp, layout.cp, layout.world_size) == (6, 8, 768)
     assert layout.name == "tp8-pp2-u4-r2-dp6-dpo2"
     assert layout.describe() == "768 ranks = tensor 8 x pipeline 2 x Ulysses 4 x ring 2 x data 6"
+    sharded = Layout(dp_inner=2, ulysses=2, zero=2)
+    assert sharded.name == "tp1-pp1-u2-r1-dp2-zero2" and Layout.parse(sharded.name) == sharded
+    assert sharded.describe().endswith("x data 2, ZeRO-2 over 4 ranks")
     with pytest.raises(ConfigError, match="layout axis ring is -1"):
         Layout(ring=-1)

@@ -23,6 +23,12 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "flags.txt"
 FIELDS = [(group, field) for group in GROUPS.values() for field in dataclasses.fields(group)]
 
 
+@pytest.fixture
+def no_model_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--load-hf names a directory, of which there is none here."""
+    monkeypatch.setattr("megasp.config.load.read_directory", lambda *_: {})
+
+
 def read(*argv: str) -> Config:
     return load(argv, parser("megasp pretrain", ""))[0]
 
@@ -53,6 +59,7 @@ def test_no_two_fields_share_a_name() -> None:
     assert all("help" in field.metadata for _, field in FIELDS), "a field without a flag cannot be set by a user"
 
 
+@pytest.mark.usefixtures("no_model_to_read")
 @pytest.mark.parametrize(("group", "field"), FIELDS, ids=[field.name for _, field in FIELDS])
 def test_each_flag_sets_its_field_alone(group: type, field: dataclasses.Field[Any]) -> None:
     value = other_value(group, field)
@@ -148,6 +155,7 @@ def test_presets_through_yaml(tmp_path: Path, name: str) -> None:
     assert read("--config", str(tmp_path / "c.yaml")) == config
 
 
+@pytest.mark.usefixtures("no_model_to_read")
 def test_every_field_through_yaml(tmp_path: Path) -> None:
     for config in (everything_changed(), Config()):
         (tmp_path / "c.yaml").write_text(to_yaml(config))

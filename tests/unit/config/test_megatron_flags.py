@@ -67,6 +67,8 @@ def test_translate() -> None:
         ("--encoder-seq-length=128", "--seq-length 128"),
         ("--transformer-impl=local --lr=1", "--lr=1"),
         ("--recompute-activations --bf16", "--recompute-granularity selective --bf16"),
+        ("--use-torch-fsdp2", "--data-parallel-sharding-strategy optim_grads_params"),
+        ("--use-distributed-optimizer --overlap-param-gather", "--use-distributed-optimizer"),
     ],
 )
 def test_translated(given: str, expected: str) -> None:
@@ -76,7 +78,7 @@ def test_translated(given: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("--bf16 --fp16", "--fp16 is not supported: fp16 needs a loss scale"),
+        ("--bf16 --init-model-with-meta-device", "--init-model-with-meta-device is not supported: weights are"),
         ("--fp8-format=hybrid", "--fp8-format is not supported"),
         ("--distribute-saved-activations", "--distribute-saved-activations is not supported: --sequence-parallel"),
         ("--dataloader-type cyclic", "--dataloader-type is cyclic"),

@@ -20,7 +20,7 @@ ILLEGAL: list[dict[str, Any]] = [
     {"kv_channels": -8},
     {"rotary_percent": 1.5},
     {"rotary_base": 0.0},
-    {"use_rope_scaling": True, "rope_scaling_factor": 0.0},
+    {"rotary_scaling": "llama3", "rotary_scaling_factor": 0.5},
     {"vocab_size": 0},
     {"vocab_size": -5},
     {"norm_epsilon": -1.0},

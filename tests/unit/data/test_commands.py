@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megasp.config import flags
-from megasp.data import GPTDataset, IndexedDataset, explain, inspect, merge, verify
+from megasp.data import GPTDataset, IndexedDataset, document_lengths, explain, inspect, merge, verify
 from megasp.data.indexed_dataset import HEADER
 from megasp.errors import DataError
 
@@ -38,15 +38,36 @@ def test_inspect_shows_counts_and_text(corpus, said):
     assert call(inspect, corpus([], "empty").prefix) == 0
 
 
-def test_histogram_counts_documents_and_shares_of_tokens():
-    lengths = np.array([0, 1, 2, 3, 4, 7, 16, 31])
-    rows = inspect.histogram(lengths, width=47)
-    found = [tuple(row.split()[:3]) for row in rows[1:]]
-    assert found[:3] == [("1-1", "1", "1.6%"), ("2-3", "2", "7.8%"), ("4-7", "2", "17.2%")]
-    assert found[3:] == [("8-15", "0", "0.0%"), ("16-31", "2", "73.4%")]
-    assert rows[-1].endswith("% " + 47 * "#") and rows[-2].endswith("0.0%")
-    assert len(inspect.histogram(np.zeros(3, int))) == 1
-    assert inspect.histogram(np.array([2**40 - 1, 2**40]))[1].split()[0] == f"{2**39:,}-{2**40 - 1:,}"
+def test_histogram_counts_documents_and_shares_of_tokens(corpus):
+    rows = document_lengths.histogram(np.array([0, 1, 2, 3, 4, 7, 16, 31]))
+    found = [(row.span, row.documents, f"{row.share:.1%}") for row in rows]
+    assert found[:3] == [("1-1", 1, "1.6%"), ("2-3", 2, "7.8%"), ("4-7", 2, "17.2%")]
+    assert found[3:] == [("8-15", 0, "0.0%"), ("16-31", 2, "73.4%")]
+    lines = document_lengths.text(rows, width=47)
+    assert len(lines) == 6 and lines[-1].endswith("% " + 47 * "#") and lines[-2].endswith("0.0%")
+    assert document_lengths.histogram(np.zeros(3, int)) == []
+    assert document_lengths.histogram(np.array([2**40 - 1, 2**40]))[0].span == f"{2**39:,}-{2**40 - 1:,}"
+    data = corpus([5, 0, 7, 1])
+    for lengths in (document_lengths.document_lengths, document_lengths.some_lengths):
+        assert lengths(data).tolist() == [5, 0, 7, 1]
+
+
+def test_inspect_says_what_packing_cuts_and_pads(corpus, said):
+    assert call(inspect, corpus([10] * 30).prefix, "--seq-length", "25") == 0
+    assert "stream cuts about 36.0% of the documents" in said.text
+    assert "best-fit cuts 0.0%, those that are longer, and 20.00% of its tokens are padding" in said.text
+    with pytest.raises(DataError, match="--seq-length is 0"):
+        call(inspect, corpus([10], "b").prefix, "--seq-length", "0")
+
+
+def test_inspect_draws_a_picture(corpus, said, tmp_path):
+    pytest.importorskip("matplotlib")
+    prefix = corpus([3, 5, 90, 1000]).prefix
+    for ending, magic in (("svg", b"<?xml"), ("png", b"\x89PNG")):
+        assert call(inspect, prefix, "--picture", str(tmp_path / f"a.{ending}"), "--seq-length", "64") == 0
+        assert (tmp_path / f"a.{ending}").read_bytes().startswith(magic)
+    with pytest.raises(DataError, match=r"end its name in \.png, \.svg or \.pdf"):
+        call(inspect, prefix, "--picture", str(tmp_path / "a.txt"))
 
 
 def test_merge(corpus, said, tmp_path):
@@ -64,11 +85,11 @@ def test_merge(corpus, said, tmp_path):
 def test_inspect_warns_of_a_sorted_corpus(corpus, said):
     lengths = np.random.default_rng(0).integers(1, 50, 400)
     call(inspect, corpus(lengths, "shuffled").prefix)
-    assert "look sorted" not in said.text
+    assert "looks sorted" not in said.text
     call(inspect, corpus(np.sort(lengths), "sorted").prefix)
-    assert "look sorted" in said.text
-    assert not inspect.looks_sorted(np.full(400, 7))
-    assert inspect.looks_sorted(np.concatenate([lengths, 3 * lengths]))
+    assert "sorted looks sorted" in said.text
+    assert not document_lengths.looks_sorted(np.full(400, 7))
+    assert document_lengths.looks_sorted(np.concatenate([lengths, 3 * lengths]))
 
 
 def test_verify_accepts_a_good_corpus(corpus, said):

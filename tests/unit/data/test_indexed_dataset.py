@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megasp.data import GPTDataset, IndexedDataset, IndexedDatasetBuilder, best_dtype
+from megasp.data import GPTDataset, IndexedDataset, IndexedDatasetBuilder, best_dtype, indexed_dataset
 from megasp.data.indexed_dataset import DTYPES, HEADER, MAGIC
 from megasp.errors import DataError
 
@@ -209,3 +209,45 @@ def test_builder_refuses_what_it_cannot_write(tmp_path):
 
 def test_dtype_follows_the_vocabulary():
     assert best_dtype(65499) == np.uint16 and best_dtype(65500) == np.int32
+
+
+def rewrite(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    os.utime(path, ns=(1, 1))  # clocks of file systems tick slowly
+
+
+CHANGES = {
+    "bin truncated": (lambda bin, idx: resize(bin, -2), "was written to or replaced"),
+    "idx truncated": (lambda bin, idx: resize(idx, -8), "was written to or replaced"),
+    "bin overwritten": (lambda bin, idx: rewrite(bin, bin.read_bytes()[::-1]), "was written to or replaced"),
+    "idx overwritten": (lambda bin, idx: rewrite(idx, idx.read_bytes()), "was written to or replaced"),
+    "appended to": (lambda bin, idx: resize(bin, 2), "was written to or replaced"),
+    "bin gone": (lambda bin, idx: bin.unlink(), r"is gone \(No such file or directory\)"),
+    "idx gone": (lambda bin, idx: idx.unlink(), r"is gone \(No such file or directory\)"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_corpus_that_changes_under_a_running_job_is_told(tmp_path, monkeypatch, case):
+    monkeypatch.setattr(indexed_dataset, "CHECK_SECONDS", 0.0)
+    dataset = GPTDataset(IndexedDataset(write(tmp_path / "corpus", GOLDEN)), (0, 5), 4, seed=0)
+    dataset.sample(0)
+    change, message = CHANGES[case]
+    change(tmp_path / "corpus.bin", tmp_path / "corpus.idx")
+    with pytest.raises(DataError, match=f"corpus {message} while it was in use: .*; restore it"):
+        dataset.sample(1)
+
+
+def test_a_file_that_became_shorter_since_the_last_look_is_told_too(tmp_path):
+    """Mapped into memory it would end the process by SIGBUS."""
+    dataset = GPTDataset(IndexedDataset(write(tmp_path / "corpus", GOLDEN)), (0, 5), 20, seed=0)
+    sample = dataset.sample(0)
+    os.truncate(tmp_path / "corpus.bin", 10)
+    with pytest.raises(DataError, match="ends before the tokens that its index names while it was in use"):
+        sample.tokens(0, 21)
+
+
+def test_a_dataset_that_holds_no_ids_is_refused(tmp_path):
+    corpus = IndexedDataset(write(tmp_path / "corpus", GOLDEN, "float32"))
+    with pytest.raises(DataError, match="holds float32: token ids are integers"):
+        GPTDataset(corpus, (0, 5), 4, seed=0)

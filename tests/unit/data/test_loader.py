@@ -1,10 +1,11 @@
+import os
 import threading
 
 import numpy as np
 import pytest
 
 from megasp.config.batch_schedule import BatchSchedule
-from megasp.data import DocumentRules, GPTDataset, IndexedDataset, Loader, MockDataset
+from megasp.data import DocumentRules, GPTDataset, Loader, MockDataset
 from megasp.errors import DataError
 from megasp.shard_map import ShardMap
 
@@ -16,7 +17,13 @@ MOCK = MockDataset(vocab_size=97, seq_length=16, seed=1)
 def loader(dataset=MOCK, ranges=WHOLE, dp_rank=0, dp_size=1, mbs=1, gbs=8, **options) -> Loader:
     options = {"vocab_size": 60000, **options}
     return Loader(
-        dataset, ranges, micro_batch_size=mbs, batch=BatchSchedule(gbs), dp_rank=dp_rank, dp_size=dp_size, **options
+        dataset,
+        lambda _: ranges,
+        micro_batch_size=mbs,
+        batch=BatchSchedule(gbs),
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        **options,
     )
 
 
@@ -113,7 +120,14 @@ def test_a_ramp_up_changes_the_size_of_steps(corpus):
     ramp = BatchSchedule(8, 2, 2, 20)
     for prefetch in (0, 3):
         with Loader(
-            dataset, WHOLE, micro_batch_size=1, batch=ramp, dp_rank=0, dp_size=2, vocab_size=60000, prefetch=prefetch
+            dataset,
+            lambda _: WHOLE,
+            micro_batch_size=1,
+            batch=ramp,
+            dp_rank=0,
+            dp_size=2,
+            vocab_size=60000,
+            prefetch=prefetch,
         ) as data:
             sizes = [len(data.step()) for _ in range(9)]
             assert data.consumed_samples == 2 * sum(sizes) == ramp.advance(0, 9)
@@ -148,13 +162,44 @@ def test_end_of_document_tokens_begin_documents_by_flag(corpus):
         assert batch.document_starts[0].tolist() == expected and batch.position_ids is None
 
 
-@pytest.mark.parametrize("shard", range(4))
-def test_a_rank_reads_the_bytes_of_its_own_shard(corpus, monkeypatch, shard):
-    dataset = GPTDataset(corpus([100_000]), (0, 1), 40_000, seed=0)
-    ranges, read = ShardMap.contiguous(40_000, 4).ranges[shard], []
-    tokens = IndexedDataset.tokens
-    monkeypatch.setattr(IndexedDataset, "tokens", lambda self, a, b: read.append(b - a) or tokens(self, a, b))
+@pytest.mark.parametrize("shards", [ShardMap.contiguous(40_000, 4), ShardMap.zigzag(40_000, 4)])
+@pytest.mark.parametrize("packing", ["stream", "best-fit"])
+def test_a_rank_reads_the_bytes_of_its_own_shard(corpus, monkeypatch, shards, packing):
+    """Counted where the file is read: 2 bytes for each of its tokens, and for the label after each range of them."""
+    dataset = GPTDataset(corpus([100_000, 300, 2000]), (0, 3), 40_000, seed=0, packing=packing)
+    k = next(k for k in range(9) if dataset.sample(k).length == 40_001)
+    read, preadv = [], os.preadv
+
+    def counted(file, buffers, offset):
+        read.append(preadv(file, buffers, offset))
+        return read[-1]
+
+    monkeypatch.setattr(os, "preadv", counted)
     rules = DocumentRules(reset_positions=True, reset_attention=True)
-    with loader(dataset, ranges, gbs=1, prefetch=0, documents=rules) as batches:
+    for ranges in shards.ranges:
+        read.clear()
+        with loader(dataset, ranges, gbs=1, prefetch=0, documents=rules, first_sample=k) as batches:
+            batches.step()
+        assert sum(read) == 2 * (10_000 + len(ranges))
+
+
+def test_a_slow_disk_is_waited_for_while_the_step_before_runs(corpus, monkeypatch):
+    """The reader goes on by itself, and waits in a call that leaves Python to the training thread."""
+    dataset = GPTDataset(corpus([5000]), (0, 1), 16, seed=0)
+    preadv, disk, reads = os.preadv, threading.Semaphore(1), threading.Semaphore(0)
+
+    def slow(file, buffers, offset):
+        reads.release()
+        disk.acquire()
+        return preadv(file, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    with loader(dataset, gbs=1, prefetch=2) as batches:
+        batches.step()  # needs one read, and the disk serves one
+        assert reads.acquire(timeout=60) and reads.acquire(timeout=60), "the next step is being read already"
+        for _ in range(2):
+            disk.release()
+        assert reads.acquire(timeout=60), "and the one after it"
         batches.step()
-    assert sum(read) == 10_001
+        for _ in range(9):
+            disk.release()

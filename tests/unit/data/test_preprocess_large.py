@@ -8,13 +8,23 @@ import lzma
 import os
 import random
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megasp.data import HuggingFaceTokenizer, IndexedDataset, chunks, indexed_dataset_builder, preprocess, shuffle
+from megasp.data import (
+    HuggingFaceTokenizer,
+    IndexedDataset,
+    chunks,
+    indexed_dataset_builder,
+    long_lines,
+    preprocess,
+    shuffle,
+)
 from megasp.data import text_files as files
 from megasp.data.preprocess import Options, run
 from megasp.data.train_tokenizer import Options as TrainingOptions
@@ -80,6 +90,7 @@ def test_ids_of_a_long_document_are_those_of_the_whole(tmp_path, monkeypatch, wo
     [expected] = HuggingFaceTokenizer(model).encode_batch([text])
     monkeypatch.setattr(files, "LONG", 5000)
     monkeypatch.setattr(files, "PART", 3000)
+    monkeypatch.setattr(long_lines, "LONG", 1000)
     source = tmp_path / "long.txt"
     if kind == "json":
         source = write_lines(tmp_path / "long.jsonl", [{"text": text}, {"text": "short"}])
@@ -99,6 +110,26 @@ def test_a_long_document_that_turns_out_bad_leaves_nothing(tmp_path, monkeypatch
     with pytest.raises(DataError, match=r"b\.txt: not UTF-8"):
         process(tmp_path, *inputs)
     assert texts(process(tmp_path, *inputs, skip_bad_lines=True)) == ["good " * 50, "fine " * 50]
+
+
+def test_a_long_json_line_that_turns_out_bad_leaves_nothing(tmp_path, monkeypatch):
+    for module, name, size in ((files, "LONG", 50), (files, "PART", 30), (long_lines, "LONG", 10)):
+        monkeypatch.setattr(module, name, size)
+    good = json.dumps({"meta": {"text": "not this one" * 9}, "text": "good " * 50, "url": "u" * 90})
+    bad = {
+        "malformed JSON": good[:-1],
+        "found keys 'meta', 'url'": json.dumps({"meta": "m" * 100, "url": "u" * 90}),
+        "not UTF-8": good.encode().replace(b"good good", b"good \xff", 1),
+        "malformed JSON .*Invalid": good.replace("good good", "good \\q", 1),
+        "malformed JSON .*control character": good.replace("good good", "good \t", 1),
+    }
+    for number, (message, line) in enumerate(bad.items()):
+        line = line if isinstance(line, bytes) else line.encode()
+        (tmp_path / "a.jsonl").write_bytes(good.encode() + b"\n" + line + b"\n" + good.encode())
+        with pytest.raises(DataError, match=rf"a\.jsonl, line 2: {message}"):
+            process(tmp_path, tmp_path / "a.jsonl")
+        made = process(tmp_path, tmp_path / "a.jsonl", name=f"skipped{number}", skip_bad_lines=True)
+        assert texts(made) == ["good " * 50] * 2
 
 
 def test_a_document_beyond_31_bits_is_refused(tmp_path, monkeypatch):
@@ -129,6 +160,8 @@ def test_shuffle_is_a_permutation_that_neither_buffer_nor_chunks_change(tmp_path
     shuffled = texts(process(tmp_path, source, name=f"b{buffer}", shuffle=True))
     assert shuffled == whole != plain and sorted(shuffled) == sorted(plain)
     assert texts(process(tmp_path, source, name="other", shuffle=True, shuffle_seed=1)) != shuffled
+    monkeypatch.setattr(shuffle, "LONG", 9)
+    assert texts(process(tmp_path, source, name="long", shuffle=True)) == whole
 
 
 def die_at(event: int, options: Options) -> bool:
@@ -179,6 +212,34 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, monkeypatch,
                 )
                 assert ours == unbroken, (round, key, ending)
     assert not [path for path in tmp_path.iterdir() if "preprocess" in path.name or "partial" in path.name]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes by /proc")
+def test_workers_end_with_a_killed_parent(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", [{"text": "word " * 200}] * 50_000)
+    flags = [
+        "--input",
+        source,
+        "--tokenizer-type",
+        "ByteTokenizer",
+        "--workers",
+        "2",
+        "--output-prefix",
+        tmp_path / "x",
+    ]
+    program = [sys.executable, "-m", "megasp.cli", "preprocess", *map(str, flags)]
+    parent = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    children, deadline = [], time.monotonic() + 60
+    while len(children) < 3:  # two workers and multiprocessing's resource tracker
+        assert parent.poll() is None and time.monotonic() < deadline
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        time.sleep(0.02)
+    time.sleep(0.5)  # until they work
+    parent.kill()
+    parent.wait()
+    while any(Path(f"/proc/{child}/fd/0").exists() for child in children):
+        assert time.monotonic() < deadline, children
+        time.sleep(0.02)
 
 
 def test_chunks_of_other_input_are_not_used(tmp_path, monkeypatch):

@@ -23,8 +23,8 @@ LLAMA_NAMES = {
 
 def llama(config: ModelConfig) -> nn.Module:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rotary_base}
-    if config.use_rope_scaling:
-        rope |= {"rope_type": "llama3", "factor": config.rope_scaling_factor, "low_freq_factor": 1.0}
+    if config.rotary_scaling == "llama3":
+        rope |= {"rope_type": "llama3", "factor": config.rotary_factor, "low_freq_factor": 1.0}
         rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -122,7 +122,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "multi-head": {"num_query_groups": None},
     "multi-query": {"num_query_groups": 1},
     "wide heads": {"kv_channels": 8},
-    "llama3 scaling": {"use_rope_scaling": True, "rotary_base": 5e5, "kv_channels": 16},
+    "llama3 scaling": {"rotary_scaling": "llama3", "rotary_base": 5e5, "kv_channels": 16},
 }
 
 

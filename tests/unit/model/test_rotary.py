@@ -75,12 +75,43 @@ def test_far_positions_are_exact() -> None:
     assert cos.dtype == torch.float32 and cos.shape == (1, 1, 1, 4)
 
 
+@pytest.mark.parametrize("base", [10000.0, 1e6])
+@pytest.mark.parametrize("kind", ["linear", "yarn", "ntk"])
+def test_scaling_against_transformers(kind: str, base: float) -> None:
+    """NTK-aware scaling is transformers' dynamic one at a sequence of `factor` times the trained length."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    factor, context = 16.0, 4096
+    original = context if kind == "yarn" else None
+    scaling = {"rotary_scaling": kind, "rotary_scaling_factor": factor, "original_max_position_embeddings": original}
+    model = config(64, rotary_base=base, **scaling)
+    theirs = transformers.LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=1,
+        max_position_embeddings=context if kind == "ntk" else int(factor * context),
+        rope_parameters={
+            "rope_type": "dynamic" if kind == "ntk" else kind, "rope_theta": base,
+            "factor": 1.0 if kind == "ntk" else factor, "original_max_position_embeddings": context,
+        },
+    )  # fmt: skip
+    name = "dynamic" if kind == "ntk" else kind
+    inverse, scale = ROPE_INIT_FUNCTIONS[name](theirs, "cpu", seq_len=int(factor * context) if kind == "ntk" else None)
+    torch.testing.assert_close(frequencies(model).float(), inverse, rtol=1e-5, atol=0)
+    cos, sin = cos_sin(torch.tensor([0]), model, torch.float64)
+    assert cos[0, 0, 0].tolist() == pytest.approx([scale] * 32) and not sin.any()
+    if kind == "yarn":
+        assert scale > 1.2
+    else:
+        assert scale == 1
+
+
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama3_scaling_against_transformers(factor: float) -> None:
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    model = config(128, rotary_base=500000.0, use_rope_scaling=True, rope_scaling_factor=factor)
+    model = config(128, rotary_base=500000.0, rotary_scaling="llama3", rotary_scaling_factor=factor)
     theirs = transformers.LlamaConfig(
         hidden_size=128,
         num_attention_heads=1,

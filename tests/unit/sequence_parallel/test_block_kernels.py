@@ -1,5 +1,7 @@
 """Kernels of this machine against the definition, block by block, with the merged lse in the backward."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -14,7 +16,7 @@ from megasp.sequence_parallel import Mask, Work, attend
 from megasp.sequence_parallel.block_kernels import CPUFlash, Options, VarlenKernel
 from megasp.sequence_parallel.blocks import ANTICAUSAL, CAUSAL, FULL, Block
 from megasp.sequence_parallel.kernels import KERNELS, choose
-from megasp.sequence_parallel.packing import Lengths
+from megasp.sequence_parallel.packing import Lengths, Pack
 from megasp.sequence_parallel.parcels import Parcel, Partial
 from tests.reference_attention import attention, visible
 
@@ -112,6 +114,21 @@ def test_packed_blocks_are_the_same(mask: Mask, monkeypatch: pytest.MonkeyPatch)
     for got, expected in zip(results(), want, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-13, rtol=0)
     assert 0 < looping.calls < len(work.blocks(0, 0))
+
+
+def test_packs_are_freed_without_the_collector() -> None:
+    """They hold tensors of a device, which must go with the microbatch."""
+    work = Work((((0, 40),),), documents=[np.array([0, 9, 20, 31])])
+    [pack] = [call for call in work.calls(0, 0, varlen=True) if isinstance(call, Pack)]
+    columns, _ = pack.q(torch.device("cpu"))
+    assert pack.q(torch.device("cpu"))[0] is columns, "made once"
+    gone = weakref.ref(pack)
+    gc.disable()
+    try:
+        del work, pack
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_rows_without_a_key() -> None:

@@ -32,7 +32,7 @@ def plain(
     """out and lse as the textbook has them, differentiable."""
     groups = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(groups, 2) for x in (k, v))
-    scores = torch.einsum("sbnh,tbnh->bnst", q, k) * (scale or q.shape[-1] ** -0.5)
+    scores = torch.einsum("sbnh,tbnh->bnst", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if causal:
         scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -math.inf)
     return torch.einsum("bnst,tbnh->sbnh", scores.softmax(-1) * factors, v), scores.logsumexp(-1)
@@ -71,6 +71,9 @@ def test_scale(backend: str) -> None:
     torch.testing.assert_close(
         run(partial(attend, backend=backend, scale=0.3), *given), run(partial(plain, scale=0.3), *given)
     )
+    for scale in (0.0, -1.0, math.nan):  # of which kernels make NaN
+        with pytest.raises(ConfigError, match=f"scale {scale}: .* positive"):
+            attend(*given[:3], backend=backend, scale=scale)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

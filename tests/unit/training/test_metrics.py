@@ -10,7 +10,10 @@ import torch
 from megasp import log
 from megasp.training.metrics import Metrics, Run, drop_later_lines, duration
 
-KEYS = ["step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "tflops_per_device", "mfu", "memory_gib", "layout"]
+KEYS = [
+    "step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "tflops_per_device", "mfu", "memory_gib", "loss_scale",
+    "layout",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +56,7 @@ def test_lines(tmp_path: Path) -> None:
         "tflops_per_device": 8192 * 4e8 / 4 / 1e12,
         "mfu": 8192 * 4e8 / 4 / 1e12 / 2.0,
         "memory_gib": 0,
+        "loss_scale": None,
         "layout": "tp2-u2",
     }
     assert 0.05 < lines[0]["memory_gib"] < 100

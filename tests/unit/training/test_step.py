@@ -184,7 +184,7 @@ def test_resume_after_a_skipped_step(tmp_path: Path) -> None:
     assert counters(held) == {1.0}
     resume.save(held, Progress(step=2, samples=4, tokens=24), phases)
     again = training(load=str(tmp_path))
-    assert resume.resume(again).step == 2
+    assert resume.resume(again, resume.find(again.config, again.state)).step == 2
     assert counters(again) == {1.0}, "bias correction would differ from the unbroken run's"
     for run in (held, again):
         train_step(run, batches([1.0]), 0.01)
@@ -198,9 +198,9 @@ def test_resume_after_a_fresh_optimizer(tmp_path: Path) -> None:
     train_step(held, batches([1.0]), 0.01)
     resume.save(held, Progress(step=100, samples=200, tokens=1200), phases)
     fresh = training(load=str(tmp_path / "a"), save=str(tmp_path / "b"), no_load_optim=True)
-    assert resume.resume(fresh).step == 100 and counters(fresh) == {0.0}
+    assert resume.resume(fresh, resume.find(fresh.config, fresh.state)).step == 100 and counters(fresh) == {0.0}
     train_step(fresh, batches([1.0]), 0.01)
     resume.save(fresh, Progress(step=101, samples=202, tokens=1212), phases)
     again = training(load=str(tmp_path / "b"))
-    assert resume.resume(again).step == 101
+    assert resume.resume(again, resume.find(again.config, again.state)).step == 101
     assert counters(again) == {1.0}

@@ -1,0 +1,187 @@
+"""Sharded weights: ZeRO-1, -2 and -3 (arXiv 1910.02054), alone or replicated (hybrid sharding).
+
+Each rank of `dp_cp` owns some rows of every parameter, their gradients and their optimizer states. PyTorch's
+`fully_shard` gathers weights before a block runs, and scatters the sums of gradients behind it:
+
+    stage   weights of a step   gradients between microbatches   all-gathers and reduce-scatters of M microbatches
+    1       gathered once       whole, on every rank             1 and 1
+    2       gathered once       shards                           1 and M
+    3       gathered by block   shards                           2 M and M
+
+With deferred weight gradients they are whole until the last one is there, and the step has one reduction.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from megasp.collectives import start_all_gather, start_reduce_scatter
+from megasp.data_parallel.replicas import master_dtype
+from megasp.model import GPTModel
+from megasp.parallel_state import Axis, ParallelState
+from megasp.parameters import Piece, rows_of
+
+
+class WeightShards:
+    """The training state of a model whose weights the ranks of `dp_cp` share out. Used as `Replicas` is.
+
+    `masters` are plain tensors that share memory with this rank's shards, each with its `pieces`: optimizer, norm and
+    checkpoints see no DTensor. A parameter of which this rank has no row has no master here.
+
+    Args:
+        stages: models in their compute dtype; they are wrapped in place, and their weights become fp32 shards.
+        state: `dp_cp` shards, `dp_outer` replicates.
+        zero_stage: 1, 2 or 3.
+        gradient_dtype: of accumulation and reduction; fp32 or wider without it.
+        deferred: weight gradients come apart from the backward.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[GPTModel],
+        state: ParallelState,
+        zero_stage: int,
+        gradient_dtype: torch.dtype | None = None,
+        deferred: bool = False,
+    ) -> None:
+        self.zero_stage, self.deferred = zero_stage, deferred
+        self.shard_axis, self.outer = state.axes["dp_cp"], state.axes["dp_outer"]
+        self.owner = self.outer.rank == 0
+        pieces = [p.pieces for stage in stages for p in stage.parameters()]  # type: ignore[attr-defined]
+        mesh = _mesh(state)
+        for stage in stages:
+            self._wrap(stage, mesh, gradient_dtype)
+        self._roots: list[FSDPModule] = list(stages)  # type: ignore[arg-type]
+        self._sharded = [p for stage in stages for p in stage.parameters()]
+        held = (
+            (_master(p, all_pieces, self.shard_axis), p) for p, all_pieces in zip(self._sharded, pieces, strict=True)
+        )
+        self._pairs = [(master, p) for master, p in held if master.numel()]
+        self.masters = [master for master, _ in self._pairs]
+
+    def _wrap(self, model: GPTModel, mesh: DeviceMesh, gradient_dtype: torch.dtype | None) -> None:
+        """Shard the embedding (if nothing else uses it), every block, and what is left, each as one group."""
+        compute = next(model.parameters()).dtype
+        wide = master_dtype(compute)
+        policy = MixedPrecisionPolicy(compute, gradient_dtype or wide, cast_forward_inputs=False)
+        alone = [model.embedding] if model.embedding is not None and model.head is not model.embedding else []
+        for unit in (*alone, *model.layers, model):
+            for p in unit.parameters():
+                if not isinstance(p, DTensor):
+                    p.data = p.data.to(wide)  # block by block, so that the whole model is never there in it
+            wrapped = fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=self.zero_stage == 3)
+            # Sums, not means: the loss is divided by the global number of tokens. Neither call recurses.
+            wrapped.set_gradient_divide_factor(1.0)
+            wrapped.set_force_sum_reduction_for_comms(True)
+            wrapped.set_custom_all_gather(_AllGather(self.shard_axis))
+            wrapped.set_custom_reduce_scatter(_ReduceScatter(self.shard_axis))
+            if self.outer.size > 1:
+                wrapped.set_all_reduce_hook(self._count_all_reduce)
+        for unit in alone:
+            unit.set_unshard_in_backward(False)  # type: ignore[operator]
+
+    def _count_all_reduce(self, x: Tensor) -> None:
+        """fully_shard sums shards over replicas by itself."""
+        self.outer.traffic.add("all_reduce", 2 * x.nbytes * (self.outer.size - 1) // self.outer.size)
+
+    def begin_microbatch(self, last: bool) -> None:
+        """Before each backward: whether it is the last one of its pipeline stage in this step."""
+        for root in self._roots:
+            if self.deferred:
+                _take_gradients(root)  # what was deferred, before more is added to it in low precision
+            root.set_requires_gradient_sync(not self.deferred and (last or self.zero_stage > 1))
+            root.set_requires_all_reduce(last)
+            root.set_reshard_after_backward(self.zero_stage == 3 or (last and not self.deferred))
+            root.set_is_last_backward(last and not self.deferred)
+
+    def finish(self) -> None:
+        """After the last backward: leave on every master the sum of its gradient over all ranks that hold it."""
+        for root in self._roots if self.deferred else ():
+            _take_gradients(root)
+            root.set_requires_gradient_sync(True)
+            root.set_requires_all_reduce(True)
+            root.set_reshard_after_backward(True)
+            root.set_is_last_backward(True)
+            _take_gradients(root)
+        for master, sharded in self._pairs:
+            assert isinstance(sharded.grad, DTensor), "a parameter got no gradient"
+            with torch.no_grad():
+                master.grad = sharded.grad.to_local()
+
+    def publish(self) -> None:
+        """After the optimizer's step: drop gradients, and weights that were gathered before it."""
+        for master in self.masters:
+            master.grad = None
+        for sharded in self._sharded:
+            sharded.grad = None
+        for root in self._roots:
+            for module in root.modules():  # type: ignore[attr-defined]
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+
+def _mesh(state: ParallelState) -> DeviceMesh:
+    """The ranks that hold the same weights: dp_outer x dp_cp, or dp_cp alone."""
+    outer, inner = state.axes["dp_outer"], state.axes["dp_cp"]
+    device = state.device.type
+    assert inner.group is not None
+    if outer.group is None:
+        return DeviceMesh.from_group(inner.group, device, mesh_dim_names=("dp_cp",))
+    ranks = state.layout.group(("dp_outer", "dp_inner", "ring", "ulysses"), state.rank)
+    table = torch.tensor(ranks).view(outer.size, inner.size)
+    return DeviceMesh.from_group([outer.group, inner.group], device, mesh=table, mesh_dim_names=("dp_outer", "dp_cp"))
+
+
+def _master(parameter: nn.Parameter, pieces: tuple[Piece, ...], axis: Axis) -> nn.Parameter:
+    """This rank's rows of a sharded parameter: rows in equal parts but for the last ones, as `torch.chunk` cuts."""
+    assert isinstance(parameter, DTensor)
+    with torch.no_grad():
+        master = nn.Parameter(parameter.to_local())
+    each = -(-parameter.shape[0] // axis.size)
+    start, stop = (min(n * each, parameter.shape[0]) for n in (axis.rank, axis.rank + 1))
+    assert master.shape[0] == stop - start, (parameter.shape, axis)
+    master.pieces = rows_of(pieces, start, stop)  # type: ignore[attr-defined]
+    return master
+
+
+def _take_gradients(root: FSDPModule) -> None:
+    """Do with the gradients that are there what a backward's end does: keep them in the gradient dtype, or reduce them.
+
+    A private name of `fully_shard`, the one that PyTorch's own pipeline stages use for the same purpose.
+    """
+    fully_shard.state(root)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+
+
+class _Transport:
+    """How fully_shard allocates and moves its buffers: by our collectives, where bytes are counted."""
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class _AllGather(_Transport):
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> None:
+        start_all_gather(input_tensor, self.axis, output_tensor).wait()
+
+
+class _ReduceScatter(_Transport):
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp.RedOpType,
+        async_op: bool = False,
+    ) -> None:
+        assert op == dist.ReduceOp.SUM
+        start_reduce_scatter(input_tensor, self.axis, output_tensor).wait()

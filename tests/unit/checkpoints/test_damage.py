@@ -1,0 +1,220 @@
+"""What happens to checkpoints: damaged, half written, too many, or on a disk that fails. Each has its sentence."""
+
+import errno
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megasp.checkpoints import Retention, Saver, find_latest, newest_good, read_manifest, safetensors_file, writer
+from megasp.checkpoints.manifest import candidates
+from megasp.checkpoints.verify import damage
+from megasp.cli import main
+from megasp.errors import CheckpointError
+from megasp.parallel_state import ParallelState
+from tests.unit.checkpoints.cases import mismatches, save_one, shards
+
+SINGLE = ParallelState.single()
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1 << random.Random(at).randrange(8)
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_one(tmp_path_factory.mktemp("written"))
+
+
+@given(st.integers(0, 10**9))
+def test_a_flipped_byte_is_named(written: Path, place: int) -> None:
+    """Anywhere: the file, and the tensor that it is in."""
+    paths = sorted(path for path in written.iterdir() if path.is_file())
+    sizes = [path.stat().st_size for path in paths]
+    at = place % sum(sizes)
+    path = paths[0] if at < sizes[0] else paths[1]
+    at -= 0 if at < sizes[0] else sizes[0]
+    places = safetensors_file.layout(written / "rank_00000.safetensors")
+    good = path.read_bytes()
+    try:
+        flip(path, at)
+        (problem,) = damage(written)
+        assert str(path) in problem
+        inside = [key for key, (start, stop) in places.items() if start <= at < stop]
+        if path.suffix == ".safetensors" and inside:
+            assert problem.endswith(f"(damaged: {inside[0]})")
+    finally:
+        path.write_bytes(good)
+    assert damage(written) == []
+
+
+def test_verify_names_what_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = save_one(tmp_path, 1), save_one(tmp_path, 2)
+    (tmp_path / ".step_00000003.partial").mkdir()
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert f"{second}: 1 files, 27 tensors" in said and f"{first}: 1 files" in said and ".partial was never" in said
+    flip(second / "rank_00000.safetensors", -1)
+    (first / "rank_00000.safetensors").unlink()
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "(damaged: exp_avg_sq/layers.0.mlp.down.weight)" in said and "rank_00000.safetensors is missing" in said
+    assert main(["checkpoint", "verify", str(tmp_path / "nowhere")]) == 2
+
+
+def test_several_tensors_and_the_header(tmp_path: Path) -> None:
+    directory = save_one(tmp_path)
+    path = directory / "rank_00000.safetensors"
+    good = path.read_bytes()
+    path.write_bytes(good[:-2000] + bytes(2000))
+    (problem,) = damage(directory)
+    assert "damaged: " in problem and " more)" in problem
+    path.write_bytes(bytes([255]) + good[1:])
+    assert "(its header, or what no checksum covers)" in damage(directory)[0]
+    path.write_bytes(good[:-1])
+    assert f"has {len(good) - 1} bytes where the manifest says {len(good)}" in damage(directory)[0]
+
+
+def test_passed_over_for_the_one_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directories = [save_one(tmp_path, step) for step in (1, 2, 3)]
+    assert newest_good(tmp_path, SINGLE, strict=True) == directories[2]
+    flip(directories[2] / "rank_00000.safetensors", -1)
+    (directories[1] / "manifest.json").write_text("{")
+    assert newest_good(tmp_path, SINGLE) == directories[0]
+    with pytest.raises(
+        CheckpointError, match=r"step_00000003.*SHA-256.*: with --load-strict the newest .* must be good"
+    ):
+        newest_good(tmp_path, SINGLE, strict=True)
+    with pytest.raises(CheckpointError, match=r"SHA-256.*--load names this very checkpoint"):
+        newest_good(directories[2], SINGLE)
+    (directories[0] / "rank_00000.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no good checkpoint in .*: of the 3 that are there none"):
+        newest_good(tmp_path, SINGLE)
+    assert newest_good(tmp_path / "nowhere", SINGLE) is None
+
+
+def test_unfinished_is_said_or_refused(tmp_path: Path) -> None:
+    first = save_one(tmp_path, 1)
+    (tmp_path / ".step_00000002.partial").mkdir()
+    assert newest_good(tmp_path, SINGLE) == first
+    with pytest.raises(CheckpointError, match=r"step_00000002.partial was never finished: with --load-strict"):
+        newest_good(tmp_path, SINGLE, strict=True)
+    save_one(tmp_path, 3)
+    assert not (tmp_path / ".step_00000002.partial").exists()
+
+
+def test_named_by_latest_comes_first(tmp_path: Path) -> None:
+    directories = [save_one(tmp_path, step) for step in (1, 2, 3, 4)]
+    (tmp_path / "latest").write_text("step_00000002\n")
+    assert candidates(tmp_path) == [directories[1], directories[0], directories[3], directories[2]]
+
+
+@pytest.mark.parametrize(
+    ("retention", "kept"),
+    [
+        (Retention(), [10, 20, 30, 40, 50, 60]),
+        (Retention(last=2), [50, 60]),
+        (Retention(every=20), [20, 40, 60]),
+        (Retention(last=2, every=30), [30, 50, 60]),
+        (Retention(last=1), [60]),
+    ],
+)
+def test_retention(tmp_path: Path, retention: Retention, kept: list[int]) -> None:
+    with Saver(tmp_path, SINGLE, retention) as saver:
+        for step in range(10, 70, 10):
+            saver.save(step, shards(1, 0), {})
+            assert saver.wait() is None
+    assert [int(path.name[5:]) for path in sorted(tmp_path.glob("step_*"))] == kept
+    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith("step_")} == {"latest"}
+
+
+@given(st.sets(st.integers(1, 99)), st.integers(1, 99), st.one_of(st.none(), st.integers(1, 5)), st.integers(1, 20))
+def test_retention_keeps_the_new_one_and_what_is_beyond(
+    steps: set[int], saved: int, last: int | None, every: int
+) -> None:
+    removed = Retention(last, every).removes([*steps, saved], saved)
+    assert all(step < saved and step % every for step in removed)
+    assert Retention(last, every).removes(sorted(steps - set(removed)), saved) == []
+
+
+def test_a_damaged_newer_one_does_not_push_the_good_one_out(tmp_path: Path) -> None:
+    save_one(tmp_path, 20)
+    flip(save_one(tmp_path, 30) / "rank_00000.safetensors", -1)
+    with Saver(tmp_path, SINGLE, Retention(last=1)) as saver:
+        saver.save(25, shards(1, 0), {})
+        assert saver.wait() is None
+    assert newest_good(tmp_path, SINGLE) == tmp_path / "step_00000025"
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000025", "step_00000030"]
+
+
+def test_what_cannot_be_removed_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = save_one(tmp_path, 1)
+
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patched, Saver(tmp_path, SINGLE, Retention(last=1)) as saver:
+        patched.setattr(writer.shutil, "rmtree", refuse)  # type: ignore[attr-defined]
+        saver.save(2, shards(1, 0), {})
+        assert saver.wait() is None
+    assert candidates(tmp_path) == [tmp_path / "step_00000002"] and not first.exists()
+    save_one(tmp_path, 3)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`save` returns while the files wait to be written; what training changes after the copy is not in them."""
+    go = threading.Event()
+    write = safetensors_file.write
+
+    def slow(*args: Any) -> Any:
+        assert go.wait(30)
+        return write(*args)
+
+    monkeypatch.setattr(safetensors_file, "write", slow)
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([parameter])
+    held = shards(1, 0)
+    with Saver(tmp_path, SINGLE, background=True, optimizer=optimizer) as saver:
+        saver.save(1, held, {})
+        optimizer.step()  # waits for the copy, not for the files
+        for shard in held:
+            shard.tensor.zero_()
+        assert find_latest(tmp_path) is None and not saver.failed
+        go.set()
+        assert saver.wait() is None
+        restored = shards(1, 0, fill=False)
+        saver.save(2, restored, {})
+    assert [path.name for path in candidates(tmp_path)] == ["step_00000002", "step_00000001"]
+    from megasp.checkpoints import load
+
+    load(tmp_path / "step_00000001", restored)
+    assert list(mismatches(restored)) == []
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_failure_is_the_outcome_of_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Saver(tmp_path, SINGLE, background=background) as saver:
+        with monkeypatch.context() as patched:
+            patched.setattr(safetensors_file, "write", full)
+            saver.save(1, shards(1, 0), {})
+            error = saver.wait()
+        assert "failed on rank 0: No space left on device" in str(error)
+        assert list(tmp_path.iterdir()) == []
+        saver.save(2, shards(1, 0), {})
+        assert saver.wait() is None
+    with pytest.raises(CheckpointError, match="No space left"), Saver(tmp_path, SINGLE, background=background) as saver:
+        monkeypatch.setattr(safetensors_file, "write", full)
+        saver.save(3, shards(1, 0), {})
+    assert read_manifest(tmp_path / "step_00000002").step == 2
