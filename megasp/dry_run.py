@@ -102,7 +102,7 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
                 passes, tracker.peak = tracker.peak, 0
                 sum_partial_(training.replicas.masters, state.tp)
                 sum_tied_(training.tied, state.ends)
-                global_norm(training.replicas.masters, state.model, training.replicas.shard_axis, device=state.device)
+                global_norm(training.replicas.masters, state.model)
                 training.optimizer.step()
                 training.replicas.publish()
             return Count(built, passes, tracker.peak)
@@ -111,11 +111,10 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
 
 
 def _kernel_of_a_gpu(config: Config) -> Config:
-    """The same run with the CPU's kernel that holds as much as a GPU's would: both have scores, or neither."""
+    """The same run with the CPU's kernel that holds as much as a GPU's would: scores with both, or with neither."""
     training, model = config.training, config.model
-    name, _ = choose_kernel(
-        training.attention_backend, "cuda", training.compute_dtype, model.attention_dropout, model.head_dim
-    )
+    dtype = "bfloat16" if training.bf16 else "float32"
+    name, _ = choose_kernel(training.attention_backend, "cuda", dtype, model.attention_dropout, model.head_dim)
     backend = "unfused" if name == "unfused" else "auto"
     return dataclasses.replace(config, training=dataclasses.replace(training, attention_backend=backend))
 

@@ -22,9 +22,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "--encoder-seq-length": ("--seq-length",),
     "--layernorm-epsilon": ("--norm-epsilon",),
     "--persistent-save-interval": ("--save-interval",),
-    "--recompute-activations": ("--recompute-granularity", "selective"),
     "--save-retain-interval": ("--keep-every",),
     "--use-torch-fsdp2": ("--data-parallel-sharding-strategy", "optim_grads_params"),
+    "--recompute-activations": ("--recompute-granularity", "selective"),
 }
 """flag -> megasp's flags for it. A value follows the last of them."""
 

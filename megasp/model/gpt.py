@@ -154,6 +154,7 @@ class GPTModel(nn.Module):
         info = self._tokens(positions, seen, keys, document_starts, x.dtype)
         offload = Offload(self.copies)
         for group, _ in self.groups:
+            # Dropout needs no random state: a recomputed block draws the same masks from the same names.
             with offload.layer(self.layers[group.start : group.stop], wanted=group.start < self.offloaded_layers):
                 x = self._run(group, x, info)
         if self.final_norm is None or self.head is None:

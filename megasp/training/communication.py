@@ -21,8 +21,8 @@ def expected(training: Training, microbatches: Sequence[Batch]) -> dict[str, Tra
     dtype = training.dtype
     stages = training.pipeline.stages.values()
     layers, attend = sum(len(stage.layers) for stage in stages), next(iter(stages)).attend
-    again = sum(len(group) for stage in stages for group, does in recompute.groups(len(stage.layers)) if does)
     chunks = attend.attention.chunks
+    again = sum(len(group) for stage in stages for group, does in recompute.groups(len(stage.layers)) if does)
     totals = {axis: Traffic() for axis in repeats}
     for batch in microbatches:
         samples, tokens = batch.tokens.shape

@@ -66,9 +66,9 @@ def test_translate() -> None:
         ("--encoder-seq-length 128 --bf16", "--seq-length 128 --bf16"),
         ("--encoder-seq-length=128", "--seq-length 128"),
         ("--transformer-impl=local --lr=1", "--lr=1"),
-        ("--recompute-activations --bf16", "--recompute-granularity selective --bf16"),
         ("--use-torch-fsdp2", "--data-parallel-sharding-strategy optim_grads_params"),
         ("--use-distributed-optimizer --overlap-param-gather", "--use-distributed-optimizer"),
+        ("--recompute-activations --bf16", "--recompute-granularity selective --bf16"),
     ],
 )
 def test_translated(given: str, expected: str) -> None:
