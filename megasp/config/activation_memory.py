@@ -5,15 +5,15 @@ from megasp.config.schema import Config
 from megasp.errors import ConfigError
 
 
-def check(config: Config, layout: Layout) -> None:
-    """Refuse options that contradict each other or do nothing.
+def check(config: Config, layout: Layout, device: str) -> None:
+    """Refuse options that contradict each other or do nothing, and offloading on a CPU.
 
     Raises:
         ConfigError: the first of them.
     """
     _recompute(config)
     _tiles(config, layout)
-    _offload(config)
+    _offload(config, device)
 
 
 def _recompute(config: Config) -> None:
@@ -69,7 +69,7 @@ def _tiles(config: Config, layout: Layout) -> None:
         )
 
 
-def _offload(config: Config) -> None:
+def _offload(config: Config, device: str) -> None:
     options = config.activations
     if options.cpu_offloading_num_layers is not None and not options.cpu_offloading_activations:
         raise ConfigError(
@@ -89,14 +89,7 @@ def _offload(config: Config) -> None:
             "use --recompute-granularity full, or selective with core_attn or mlp, or none",
         )
 
-
-def check_device(config: Config, device: str) -> None:
-    """Refuse what needs a GPU.
-
-    Raises:
-        ConfigError: offloading on a CPU.
-    """
-    if config.activations.cpu_offloading_activations and device == "cpu":
+    if device == "cpu":
         raise ConfigError(
             "--cpu-offloading-activations on a CPU",
             "activations are in the host's memory there as they are",

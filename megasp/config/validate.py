@@ -37,7 +37,7 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
     _training(config, layout)
     _ignored(config)
     _attention_kernel(config, device)
-    activation_memory.check_device(config, device)
+    activation_memory.check(config, layout, device)
     return layout
 
 
@@ -266,7 +266,6 @@ def _training(config: Config, layout: Layout) -> None:
     if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_iters is None:
         raise ConfigError("--lr-decay-style WSD", "its last phase has a length", "give --lr-wsd-decay-iters")
     check_data(config)
-    activation_memory.check(config, layout)
     if config.model.vocab_size is None and config.data.tokenizer_type is None:
         raise ConfigError(
             "no vocabulary", "the model needs its size", "give --tokenizer-type and --tokenizer-model, or --vocab-size"

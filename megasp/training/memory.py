@@ -102,7 +102,7 @@ def account(
     ends = {stage.number: model_memory.end_parameters(model, layout.tp, stage.first, stage.last) for stage in mine}
     elements = sum(len(stage.layers) * layer + sum(ends[stage.number].values()) for stage in mine)
     unit = max([layer, *(count for end in ends.values() for count in end.values())])
-    gradient_item = gradient_item or (2 if getattr(training, "grad_reduce_in_bf16", False) else None)
+    gradient_item = gradient_item or (2 if training.grad_reduce_in_bf16 else None)
     shards = layout.dp_inner * layout.cp
     zero = config.parallel.zero_stage if zero is None else zero
     states = state_bytes(elements, unit, sizes.item, shards * layout.dp_outer, shards, zero, gradient_item)
@@ -128,10 +128,10 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
     model, training, context = config.model, config.training, split_context(config)
     tokens = training.micro_batch_size * training.seq_length // layout.cp
     heads, kv_heads = (max(1, count // layout.tp) for count in (model.num_attention_heads, model.kv_heads))
-    item = 2 if training.bf16 or training.fp16 else 4
+    item = {"float32": 4}.get(training.compute_dtype, 2)
     last = layout.ulysses - 1  # where heads are uneven the last rank has most of them
-    dropout, dtype = model.attention_dropout, {2: "bfloat16", 4: "float32"}[item]
-    kernel, _ = choose_kernel(training.attention_backend, device, dtype, dropout, model.head_dim)
+    dropout = model.attention_dropout
+    kernel, _ = choose_kernel(training.attention_backend, device, training.compute_dtype, dropout, model.head_dim)
     attention = AttentionSizes(
         tokens,
         heads,
