@@ -18,7 +18,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -28,8 +29,9 @@ from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.data import Batch
-from megasp.data_parallel import global_norm, sum_partial_, sum_tied_
+from megasp.data_parallel import global_norm, sum_partial_, sum_tied_, weight_shards
 from megasp.model import init, loss
+from megasp.parallel_state import ParallelState
 from megasp.parameters import Piece
 from megasp.training.build import Training, build
 
@@ -126,6 +128,12 @@ def _fake() -> Iterator[Tracker]:
     def no_values(piece: Piece, seed: int) -> Tensor:
         return torch.empty(0).expand(piece.box.size) if 0 in piece.box.size else torch.empty(()).expand(piece.box.size)
 
+    make_mesh = weight_shards._mesh
+
+    def real_mesh(state: ParallelState) -> DeviceMesh:  # whose table of ranks is read
+        with unset_fake_temporarily():
+            return make_mesh(state)
+
     resize = torch.UntypedStorage.resize_
     tracker = Tracker()
 
@@ -138,6 +146,7 @@ def _fake() -> Iterator[Tracker]:
     with (
         mock.patch.object(init, "initial_values", no_values),
         mock.patch.object(loss, "CACHE_BYTES", 1 << 62),
+        mock.patch.object(weight_shards, "_mesh", real_mesh),
         mock.patch.object(torch.UntypedStorage, "resize_", resize_),
         FakeTensorMode(allow_non_fake_inputs=True),
         tracker,
