@@ -28,6 +28,8 @@ COMMANDS = {
     "checkpoint verify": ("megasp.checkpoints.verify", "read every byte of checkpoints, and name what is damaged"),
     "convert from-hf": ("megasp.checkpoints.convert_from_hf", "a Hugging Face model as a checkpoint"),
     "memory": ("megasp.memory", "what each rank will hold in memory, by component"),
+    "plan": ("megasp.planner.plan", "the parallel layout that trains fastest on given GPUs, before renting them"),
+    "calibrate": ("megasp.planner.calibrate", "measure this machine's rates, for megasp plan --gpu FILE"),
     "convert to-hf": ("megasp.checkpoints.convert", "a checkpoint as a Hugging Face model"),
     "generate": ("megasp.generate", "sample text from a checkpoint"),
     "doctor": ("megasp.doctor", "what this machine has, and what is wrong with it"),

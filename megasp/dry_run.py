@@ -29,9 +29,8 @@ from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.data import Batch
-from megasp.data_parallel import global_norm, sum_partial_, sum_tied_, weight_shards
+from megasp.data_parallel import global_norm, sum_partial_, sum_tied_
 from megasp.model import init, loss
-from megasp.parallel_state import ParallelState
 from megasp.parameters import Piece
 from megasp.training.build import Training, build
 
@@ -128,12 +127,6 @@ def _fake() -> Iterator[Tracker]:
     def no_values(piece: Piece, seed: int) -> Tensor:
         return torch.empty(0).expand(piece.box.size) if 0 in piece.box.size else torch.empty(()).expand(piece.box.size)
 
-    make_mesh = weight_shards._mesh
-
-    def real_mesh(state: ParallelState) -> DeviceMesh:  # whose table of ranks is read
-        with unset_fake_temporarily():
-            return make_mesh(state)
-
     resize = torch.UntypedStorage.resize_
     tracker = Tracker()
 
@@ -142,11 +135,17 @@ def _fake() -> Iterator[Tracker]:
         tracker.note(storage)
         return result
 
+    from_group = DeviceMesh.from_group
+
+    def real_mesh(*args: Any, **kwargs: Any) -> DeviceMesh:  # a mesh reads the ranks out of its tensor
+        with unset_fake_temporarily():
+            return from_group(*args, **kwargs)
+
     gc.collect()
     with (
+        mock.patch.object(DeviceMesh, "from_group", real_mesh),
         mock.patch.object(init, "initial_values", no_values),
         mock.patch.object(loss, "CACHE_BYTES", 1 << 62),
-        mock.patch.object(weight_shards, "_mesh", real_mesh),
         mock.patch.object(torch.UntypedStorage, "resize_", resize_),
         FakeTensorMode(allow_non_fake_inputs=True),
         tracker,

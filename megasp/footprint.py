@@ -8,6 +8,7 @@ and `as_part` are what recompute makes of them. Pure Python.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Footprint:
     deferred: int = 0
     host: int = 0
 
-    @property
+    @cached_property
     def total(self) -> int:
         """All that is kept."""
         return sum(self.kept.values())

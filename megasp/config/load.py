@@ -59,21 +59,21 @@ def load(
     argv, notes = translate(argv)
     given = vars(parser.parse_args(argv))
     source = build(Source, given)
-    from_file = read_yaml(Path(source.config), (_PresetKey, *GROUPS.values()), REFUSED) if source.config else {}
+    in_file = from_file(source)
     values = dict(defaults or {})
-    hugging_face = given.get("load_hf", from_file.get("load_hf"))
+    hugging_face = given.get("load_hf", in_file.get("load_hf"))
     if (
         source.model or source.config or hugging_face
     ):  # which say what the model is: a command's own architecture would mix with theirs
         architecture = {field.name for field in dataclasses.fields(ModelConfig)}
         values = {name: value for name, value in values.items() if name not in architecture}
-    preset = source.model or from_file.get("model")
+    preset = source.model or in_file.get("model")
     if preset and hugging_face:
         rule = "each says what the model is"
         raise ConfigError(f"--model {preset} and --load-hf {hugging_face}", rule, "leave --model out")
     values |= PRESETS[preset] if preset else {}
-    values |= read_directory(hugging_face, from_file | given) if hugging_face else {}
-    values |= from_file | given
+    values |= read_directory(hugging_face, in_file | given) if hugging_face else {}
+    values |= in_file | given
     if values.get("num_query_groups") and not values.get("group_query_attention"):
         raise ConfigError(
             f"--num-query-groups {values['num_query_groups']} without --group-query-attention",
@@ -81,6 +81,11 @@ def load(
             "add --group-query-attention, or leave out --num-query-groups",
         )
     return from_values(values), source, build(extra, given) if extra else None, notes
+
+
+def from_file(source: Source) -> dict[str, Any]:
+    """Values of the --config file, by field name; none without one."""
+    return read_yaml(Path(source.config), (_PresetKey, *GROUPS.values()), REFUSED) if source.config else {}
 
 
 @dataclass(frozen=True, kw_only=True)

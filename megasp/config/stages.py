@@ -1,5 +1,6 @@
 """Which layers each pipeline stage holds: balanced by work, as flags say, or as a layout string says."""
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,9 +101,12 @@ def _balanced(
             "every stage holds a layer, and every layer is in one stage",
             f"use at most {num_layers} stages" if stages > num_layers else "change how many layers the ends hold",
         )
+    heap = [(_cost(stage, stages, counts[stage], costs), stage) for stage in open_stages]
+    heapq.heapify(heap)
     for _ in range(num_layers - sum(counts)):
-        least = min(open_stages, key=lambda stage: _cost(stage, stages, counts[stage], costs))
+        least = heap[0][1]
         counts[least] += 1
+        heapq.heapreplace(heap, (_cost(least, stages, counts[least], costs), least))
     return counts
 
 

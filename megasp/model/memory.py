@@ -4,6 +4,7 @@ Every Function states its own bytes beside its code; here they are put together 
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 from megasp.config.recompute import Recompute
 from megasp.config.schema import ModelConfig
@@ -150,6 +151,7 @@ def _mlp(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[Part]:
     return [norm, as_part(chain([*mlp, *end], stream, "norm output"), stream, "residual branch"), *dropped]
 
 
+@cache
 def layer_footprint(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> Footprint:
     """A layer that recomputes as `recompute` says, one layer at a time."""
     stream = sizes.rows * model.hidden_size * sizes.item

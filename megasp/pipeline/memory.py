@@ -8,6 +8,7 @@ message of the receiver tells that it has been used.
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from megasp.footprint import Footprint
 from megasp.pipeline.schedules import Action, Schedule
@@ -31,7 +32,7 @@ class StageBytes:
     reducing: int = 0
     unreduced: int = 0
 
-    @property
+    @cached_property
     def kept(self) -> int:
         return self.shared + sum(piece.total for piece in self.pieces)
 

@@ -19,7 +19,7 @@ Stages are numbered along the model. A rank holds one of them, or several *chunk
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 
@@ -110,6 +110,7 @@ def placement(name: str, ranks: int, chunks: int) -> list[int]:
     return loop + loop[::-1] if name == "zbv" else loop * chunks
 
 
+@cache
 def schedule(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
     """The schedule of one step.
 

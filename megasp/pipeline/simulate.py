@@ -85,7 +85,7 @@ def simulate(schedule: Schedule, cost: Cost, message: float = 0.0) -> Timeline:
     stuck = [str(row[at]) for row, at in zip(schedule.rows, place, strict=True) if at < len(row)]
     if stuck:
         raise Deadlock(f"{schedule.name}: {', '.join(stuck)} wait for one another")
-    return Timeline(schedule, start, end, [_peak(row) for row in schedule.rows], _waiting(schedule))
+    return Timeline(schedule, start, end, [live_activations(row) for row in schedule.rows], _waiting(schedule))
 
 
 def _arrivals(schedule: Schedule, action: Action, end: dict[Action, float], message: float) -> list[float] | None:
@@ -102,7 +102,7 @@ def _arrivals(schedule: Schedule, action: Action, end: dict[Action, float], mess
     return None if None in times else times  # type: ignore[return-value]
 
 
-def _peak(row: Row) -> int:
+def live_activations(row: Row) -> int:
     """Most forwards whose activations are held at a time: until B, or W, for the weight gradient needs them, too."""
     live = peak = 0
     for action in row:

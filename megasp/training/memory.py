@@ -130,7 +130,7 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
     model, training, context = config.model, config.training, split_context(config)
     tokens = training.micro_batch_size * training.seq_length // layout.cp
     heads, kv_heads = (max(1, count // layout.tp) for count in (model.num_attention_heads, model.kv_heads))
-    item = {"float32": 4}.get(training.compute_dtype, 2)
+    item = 2 if training.bf16 or training.fp16 else 4
     last = layout.ulysses - 1  # where heads are uneven the last rank has most of them
     dropout = model.attention_dropout
     kernel, _ = choose_kernel(training.attention_backend, device, training.compute_dtype, dropout, model.head_dim)
@@ -175,11 +175,11 @@ def _stage(config: Config, sizes: Sizes, stage: Stage, growing: int, reducing: i
     return StageBytes(pieces, [growing * count for count in gradients], tables, reducing, int(stage.last))
 
 
-def table(accounts: Sequence[Account], measured: Mapping[str, list[int]] | None = None) -> list[str]:
+def table(accounts: Sequence[Account], measured: Mapping[str, Sequence[int]] | None = None) -> list[str]:
     """Accounts for a person, a column each, in GB of 10^9 bytes; `measured` are rows to stand below the sum."""
     names = list(dict.fromkeys(name for each in accounts for name, _ in each.rows()))
     found = [dict(each.rows()) for each in accounts]
-    rows = [(name, [held.get(name, 0) for held in found]) for name in names]
+    rows: list[tuple[str, Sequence[int]]] = [(name, [held.get(name, 0) for held in found]) for name in names]
     rows += [("sum", [each.total for each in accounts]), *(measured or {}).items()]
     if any(each.host for each in accounts):
         rows.append(("beside it on the host", [each.host for each in accounts]))

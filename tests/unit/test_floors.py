@@ -21,7 +21,7 @@ FLOORS = [
     ["megasp.checkpoints", "megasp.huggingface"],
     ["megasp.training"],
     ["megasp.verify_order", "megasp.dry_run"],
-    ["megasp.verify", "megasp.generate", "megasp.doctor", "megasp.memory"],
+    ["megasp.verify", "megasp.generate", "megasp.doctor", "megasp.memory", "megasp.planner"],
     ["megasp.cli"],
     ["pretrain_gpt"],
 ]

@@ -1,0 +1,171 @@
+"""Find the parallel layout that trains a model fastest on given GPUs, in seconds, on any machine.
+
+Every flag of a run may be given and then stands; what is not given is chosen: sizes of the axes, how the ring's ranks
+exchange, pipeline schedule, virtual stages, microbatch, recompute, ZeRO stage.
+
+    megasp plan --model llama3-70b --gpus 64 --gpu h100-80 --seq-length 8192 --global-batch-size 1024
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megasp.config import load as config_load
+from megasp.config.flags import flag
+from megasp.config.layout import Layout
+from megasp.config.load import Source
+from megasp.config.megatron_flags import translate
+from megasp.config.presets import PRESETS
+from megasp.errors import ConfigError
+from megasp.planner import hardware, launch, longest, page, report
+from megasp.planner.search import Found, search
+from megasp.planner.space import Request
+
+DEFAULTS: dict[str, Any] = {"bf16": True, "mock_data": True, "lr": 1e-4, "train_iters": 1000, "eval_iters": 0}
+"""What a plan does not depend on, and a run must say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Plan."""
+
+    gpus: int = flag(8, "how many GPUs")
+    gpu: str = flag("h100-80", f"kind of GPU, or its file: {', '.join(hardware.known())}", metavar="NAME|FILE.yaml")
+    top: int = flag(5, "answers to print")
+    explain: str | None = flag(
+        None, "explain one layout: time and memory by component, what would have to change", metavar="LAYOUT"
+    )
+    html: str | None = flag(None, "write a page with timeline, memory and time of the answers", metavar="FILE")
+    launch: str | None = flag(
+        None, "print a script that starts the best answer, and nothing else", choices=launch.KINDS
+    )
+    max_seq_length: bool = flag(False, "the longest sequence that trains, and what gets there")
+    dry_run: int = flag(0, "run the best N answers on fake tensors, and count their bytes", metavar="N")
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    """Run the command."""
+    parser = config_load.parser(prog, __doc__ or "", (PlanOptions,))
+    _, source, options, notes = config_load.load(argv, parser, PlanOptions)
+    given = _given(argv, parser, source)
+    config = config_load.from_values(_values(given, source))
+    if source.print_config:
+        print(config_load.to_yaml(config), end="")
+        return 0
+    _check(options)
+    request = Request(config, frozenset(given), options.gpus, hardware.load(options.gpu))
+    if options.max_seq_length:
+        print("\n".join(longest.report(request)))
+        return 0
+    if not config.training.global_batch_size:
+        raise ConfigError(
+            "no --global-batch-size", "layouts are compared at the same batch", "give the samples of a step"
+        )
+    if options.explain:
+        return _explain(request, options)
+    begun = time.perf_counter()
+    found = search(request)
+    seconds = time.perf_counter() - begun
+    if not found.plans:
+        raise _nothing(found, request)
+    if options.launch:
+        print(launch.script(found.plans[0], request, options.launch, source.model, given), end="")
+        return 0
+    print("\n".join([*notes, *_head(request, found, seconds), *report.table(found, request, options.top), ""]))
+    print("what else was looked at, against the best")
+    print("\n".join(f"  {line}" for line in report.rejections(found, request)))
+    if options.html:
+        Path(options.html).write_text(page.html(found, request, options.top))
+        print(f"page in {options.html}")
+    if options.dry_run:
+        from megasp.planner import check  # which needs torch
+
+        print("\n".join(check.table(found.plans[: options.dry_run])))
+    return 0
+
+
+def _given(argv: Sequence[str], parser: config_load.Parser, source: Source) -> dict[str, Any]:
+    """Field -> value of what the user gave by flags and file, presets left out."""
+    fields = {field.name for group in config_load.GROUPS.values() for field in dataclasses.fields(group)}
+    values = config_load.from_file(source) | vars(parser.parse_args(translate(argv)[0]))
+    return {name: value for name, value in values.items() if name in fields}
+
+
+def _values(given: dict[str, Any], source: Source) -> dict[str, Any]:
+    preset = source.model or config_load.from_file(source).get("model")
+    values = DEFAULTS | (PRESETS[preset] if preset else {}) | given
+    for name, others in {"mock_data": ("data_path", "train_data_path"), "train_iters": ("train_samples",)}.items():
+        if any(other in given for other in others):
+            values.pop(name)
+    if "fp16" in given:
+        values.pop("bf16")
+    return values
+
+
+def _check(options: PlanOptions) -> None:
+    for name in ("gpus", "top"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name} {getattr(options, name)}", "it must be positive", "give 1 or more")
+    if options.dry_run < 0:
+        raise ConfigError(f"--dry-run {options.dry_run}", "it is a number of answers", "give 1 or more")
+
+
+def _head(request: Request, found: Found, seconds: float) -> list[str]:
+    config, gpu = request.config, request.hardware
+    return [
+        f"{request.gpus} x {gpu.name}, {config.training.seq_length:,} tokens a sample, "
+        f"{config.training.global_batch_size:,} samples a step: {found.space:,} layouts, {found.tried:,} combinations "
+        f"timed in {seconds:.1f} s",
+        "",
+    ]
+
+
+def _explain(request: Request, options: PlanOptions) -> int:
+    """One layout: its best options by a search of that layout alone, beside the best of all."""
+    wanted = Layout.parse(options.explain or "")
+    ranks = wanted.world_size
+    if request.gpus % ranks or (wanted.dp > 1 and ranks != request.gpus):
+        raise ConfigError(
+            f"--explain {options.explain} on {request.gpus} GPUs",
+            f"its {ranks} ranks must be all of them, or a part that data parallelism multiplies",
+            f"say --gpus {ranks}, or leave dp out",
+        )
+    axes = {
+        "tensor_model_parallel_size": wanted.tp,
+        "pipeline_model_parallel_size": wanted.pp,
+        "ulysses_size": wanted.ulysses,
+        "ring_size": wanted.ring,
+    }
+    if wanted.zero:
+        axes["data_parallel_sharding_strategy"] = ("no_shard", "optim", "optim_grads", "optim_grads_params")[
+            wanted.zero
+        ]  # type: ignore[assignment]
+    only = Request(request.with_values(axes), request.given | frozenset(axes), request.gpus, request.hardware)
+    found = search(only)
+    if not found.plans:
+        raise _nothing(found, only)
+    print("\n".join(report.explain(found.plans[0], request, search(request))))
+    return 0
+
+
+def _nothing(found: Found, request: Request) -> ConfigError:
+    """Why no layout is left, and what would."""
+    gpu = request.hardware
+    if found.too_large:
+        peak, _ = min(found.too_large.values(), key=lambda item: item[0])
+        return ConfigError(
+            f"{request.gpus} x {gpu.name}",
+            f"no layout fits: the smallest needs {peak / 1e9:.0f} GB of {gpu.memory / 1e9:.0f} on a GPU",
+            "use more GPUs or larger ones, a shorter sequence, or leave recompute and sharding to the planner",
+        )
+    error = next(iter(found.illegal.values()), None)
+    if error is not None:
+        return error
+    return ConfigError(
+        f"{request.gpus} GPUs for global-batch-size {request.config.training.global_batch_size}",
+        "no layout has a whole number of samples on each rank",
+        "use a batch that more divisors of the GPUs divide",
+    )

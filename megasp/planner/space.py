@@ -1,0 +1,216 @@
+"""Every combination that the planner may try: values of the flags that it is free to choose.
+
+What the user gives stands; the rest is tried. Whether a combination is legal is for `validate` to say, as in training.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megasp.config.layout import Layout
+from megasp.config.schema import Config
+from megasp.config.validate import validate
+from megasp.planner.hardware import Hardware
+from megasp.planner.job import Job, Redone
+
+Values = dict[str, Any]
+"""Field of the configuration -> value."""
+
+CHUNKS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20)
+"""Virtual stages of a rank that are tried; only those that split the layers evenly, where some do."""
+
+MICRO_BATCHES = (1, 2, 4, 8, 16)
+
+RECOMPUTES: tuple[Values, ...] = (
+    {},
+    {"recompute_granularity": "selective", "recompute_modules": ("layernorm", "mlp_act")},
+    {"recompute_granularity": "all-but-attention"},
+    {"recompute_granularity": "full"},
+    {"recompute_granularity": "full", "tiled_mlp": 8},
+    {"recompute_granularity": "full", "tiled_mlp": 8, "cpu_offloading_activations": True},
+)
+"""From the fastest to the one that keeps least."""
+
+SHARDING = ("no_shard", "optim", "optim_grads", "optim_grads_params")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks.
+
+    Attributes:
+        config: everything that was given; the rest at its default.
+        given: names of the fields that were given, and so stand.
+        gpus: how many.
+    """
+
+    config: Config
+    given: frozenset[str]
+    gpus: int
+    hardware: Hardware
+
+    def free(self, name: str) -> bool:
+        """Whether the planner may choose this field."""
+        return name not in self.given
+
+    def with_values(self, values: Values) -> Config:
+        """The configuration with these fields."""
+        return with_values(self.config, values)
+
+    def legal(self, values: Values) -> tuple[Config, Layout]:
+        """Configuration and layout.
+
+        Raises:
+            ConfigError: it cannot run.
+        """
+        config = self.with_values(values)
+        return config, validate(config, self.gpus, "cuda")
+
+
+def with_values(config: Config, values: Values) -> Config:
+    """A configuration with some fields changed, each in the group that has it."""
+    changed = {}
+    for group in dataclasses.fields(config):
+        part = getattr(config, group.name)
+        mine = {name: value for name, value in values.items() if hasattr(part, name)}
+        if mine:
+            changed[group.name] = dataclasses.replace(part, **mine)
+    return dataclasses.replace(config, **changed)
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def layouts(request: Request) -> Iterator[Values]:
+    """Sizes of the axes, and how the ring's ranks exchange. Sizes that no rule could accept are left out: more tensor
+    or Ulysses ranks than heads, more stages than layers, more replicas than samples."""
+    config, gpus = request.config, request.gpus
+    parallel, model = config.parallel, config.model
+    batch = config.training.global_batch_size or gpus
+
+    def sizes(name: str, limit: int, given: int | None = None) -> list[int]:
+        chosen = given if given is not None else getattr(parallel, name)
+        return [n for n in divisors(gpus) if n <= limit] if request.free(name) else [chosen or 1]
+
+    for tp in sizes("tensor_model_parallel_size", model.num_attention_heads):
+        for pp in sizes("pipeline_model_parallel_size", model.num_layers):
+            for ulysses in sizes("ulysses_size", model.num_attention_heads // tp):
+                for ring in sizes("ring_size", gpus):
+                    ranks = tp * pp * ulysses * ring
+                    cp = parallel.context_parallel_size
+                    if gpus % ranks or gpus // ranks > batch or cp not in (None, ulysses * ring):
+                        continue
+                    for mode in _ring_modes(request, ring):
+                        yield _axes(request, tp, pp, ulysses, ring) | mode
+
+
+def _axes(request: Request, tp: int, pp: int, ulysses: int, ring: int) -> Values:
+    values: Values = {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "ulysses_size": ulysses,
+        "ring_size": ring,
+    }
+    if request.free("sequence_parallel"):
+        values["sequence_parallel"] = tp > 1
+    return values
+
+
+def _ring_modes(request: Request, ring: int) -> list[Values]:
+    """all_gather sends as much as p2p, and is tried where it is asked for."""
+    if not request.free("cp_comm_type"):
+        return [{}]
+    return [{"cp_comm_type": mode} for mode in ("p2p", "lightseq")] if ring > 1 else [{}]
+
+
+def schedules(request: Request, pp: int) -> Iterator[Values]:
+    """Orders of a pipeline's work. gpipe is never tried: 1f1b takes as long and holds fewer microbatches."""
+    config = request.config
+    if pp == 1 or not request.free("pipeline_model_parallel_layout"):
+        yield {}
+        return
+    if not (request.free("pipeline_schedule") and request.free("num_virtual_stages_per_pipeline_rank")):
+        yield {}
+        return
+    for name in ("1f1b", "zb-h1", "zbv"):
+        if name != "zbv" or 2 * pp <= config.model.num_layers:
+            yield {"pipeline_schedule": name}
+    possible = [chunks for chunks in CHUNKS if pp * chunks <= config.model.num_layers]
+    even = [chunks for chunks in possible if config.model.num_layers % (pp * chunks) == 0]
+    for chunks in even or possible:
+        yield {"pipeline_schedule": "interleaved", "num_virtual_stages_per_pipeline_rank": chunks}
+
+
+def micro_batches(request: Request, dp: int) -> Iterator[Values]:
+    """Samples of a forward pass."""
+    training = request.config.training
+    batch = training.global_batch_size or dp
+    if not request.free("micro_batch_size"):
+        yield {}
+        return
+    for size in MICRO_BATCHES:
+        if batch % (size * dp) == 0:
+            yield {"micro_batch_size": size}
+
+
+@dataclass(frozen=True)
+class MemoryOption:
+    """What trades time for memory: recompute and sharding.
+
+    Attributes:
+        values: of the configuration.
+        layout: with this sharding.
+        redone: what is recomputed; None where the request says it.
+        offloaded: share of the layers whose kept activations go to the host.
+        thrift: how much recompute and sharding save, each more than a smaller number's.
+    """
+
+    values: Values
+    layout: Layout
+    redone: Redone | None
+    offloaded: float
+    thrift: tuple[int, int]
+
+    def applied(self, job: Job) -> Job:
+        """The job with it."""
+        again = job.recompute if self.redone is None else self.redone
+        return dataclasses.replace(
+            job, zero=self.layout.zero, layout=self.layout, recompute=again, offload_activations=self.offloaded
+        )
+
+
+def memory_options(request: Request, layout: Layout) -> list[MemoryOption]:
+    """Every recompute and sharding of a layout, those that shard least first."""
+    parallel = request.config.parallel
+    free = [request.free(name) for name in ("recompute_granularity", "recompute_method", "recompute_modules")]
+    recomputes = RECOMPUTES if all(free) else ({},)
+    stages: list[str | None] = [*SHARDING]
+    if not (request.free("data_parallel_sharding_strategy") and request.free("use_distributed_optimizer")):
+        stages = [None]
+    elif layout.dp * layout.cp == 1:
+        stages = [SHARDING[0]]
+    made = []
+    for place, recompute in enumerate(recomputes):
+        activations = request.with_values(recompute).activations
+        redone = Redone.of(activations.recompute) if recompute else None
+        offloaded = float(activations.cpu_offloading_activations)
+        for stage in stages:
+            zero = parallel.zero_stage if stage is None else SHARDING.index(stage)
+            values = recompute if stage is None else recompute | {"data_parallel_sharding_strategy": stage}
+            for instances, outer in _instances(request, layout, zero):
+                this = dataclasses.replace(layout, zero=zero, dp_outer=outer, dp_inner=layout.dp // outer)
+                made.append(MemoryOption(values | instances, this, redone, offloaded, (place, 2 * zero + (outer == 1))))
+    return made
+
+
+def _instances(request: Request, layout: Layout, zero: int) -> list[tuple[Values, int]]:
+    """Hybrid sharding: over all ranks, or inside a node and replicated beyond it; with the number of replicas."""
+    if not request.free("num_distributed_optimizer_instances"):
+        return [({}, layout.dp_outer)]
+    options: list[tuple[Values, int]] = [({}, 1)]
+    across = layout.tp * layout.cp * layout.dp // request.hardware.node_gpus
+    if zero and 1 < across < layout.dp and layout.dp % across == 0:
+        options.append(({"num_distributed_optimizer_instances": across}, across))
+    return options

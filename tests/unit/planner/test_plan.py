@@ -1,0 +1,107 @@
+"""`megasp plan`: answers that fit and are legal, the script that starts one, the page, and what is refused."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megasp import cli
+from megasp.config.load import from_values, load, parser
+from megasp.config.presets import PRESETS
+from megasp.config.validate import validate
+from megasp.planner.hardware import load as load_gpu
+from megasp.planner.search import Found, search
+from megasp.planner.space import Request
+
+SMALL = ["plan", "--model", "llama3-8b", "--gpus", "8", "--global-batch-size", "64", "--seq-length", "8192"]
+FIXED = ["--pipeline-model-parallel-size", "1", "--ring-size", "1"]
+
+
+def request(gpus: int = 8, **values: object) -> Request:
+    base = {"bf16": True, "mock_data": True, "train_iters": 1, "lr": 1e-4, "eval_iters": 0, "global_batch_size": 64}
+    config = from_values(PRESETS["llama3-8b"] | base | values)
+    return Request(config, frozenset(values), gpus, load_gpu("h100-80"))
+
+
+@pytest.fixture(scope="module")
+def found() -> Found:
+    return search(request(ring_size=1))
+
+
+def test_answers_are_legal_fit_and_differ(found: Found) -> None:
+    assert len(found.plans) >= 5
+    names = [(plan.layout.tp, plan.layout.pp, plan.layout.cp) for plan in found.plans]
+    assert len(set(names)) == len(names)
+    for plan in found.plans:
+        assert validate(plan.config, 8, "cuda") == plan.layout
+        assert plan.peak <= 80e9
+    times = [plan.time.seconds for plan in found.plans]
+    assert times == sorted(times)
+
+
+def test_a_bound_is_never_above_an_answer(found: Found) -> None:
+    assert found.bounds and min(seconds for seconds, _ in found.bounds.values()) > found.plans[0].time.seconds
+
+
+@pytest.mark.parametrize("kind", ["torchrun", "slurm"])
+def test_the_script_says_every_flag(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it hands to pretrain_gpt.py is parsed by the parser of training, and validated there."""
+    assert cli.main([*SMALL, *FIXED, "--launch", kind]) == 0
+    script = capsys.readouterr().out
+    assert script.startswith("#!/usr/bin/env bash") and ("#SBATCH --nodes=1" in script) == (kind == "slurm")
+    words = script.split("pretrain_gpt.py")[1].replace("\\\n", " ")
+    words = re.sub(r"\$\{\w+:[?-]([^}]*)\}", "x", words).replace('"$@"', "")
+    config, _, _, notes = load(shlex.split(words), parser("megasp pretrain", ""))
+    assert not notes and config.training.global_batch_size == 64
+    assert config.model.num_layers == 32 and config.training.bf16
+    assert validate(config, 8, "cuda").world_size == 8
+
+
+def test_the_table_and_the_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "plan.html"
+    assert cli.main([*SMALL, "--ring-size", "1", "--ulysses-size", "1", "--top", "3", "--html", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^ 1  tp\d-pp1-u1-r1-dp\d", out, re.M) and "tp8: +" in out
+    html = page.read_text()
+    assert "<svg" in html or "One pipeline rank" in html
+    assert html.count("<tr>") > 6 and "<script" not in html
+
+
+def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    fixed = ["--micro-batch-size", "1", "--recompute-granularity", "full", "--ring-size", "1"]
+    assert cli.main([*SMALL, *fixed, "--explain", "tp2-pp2-u1-dp2"]) == 0
+    out = capsys.readouterr().out
+    for words in ("matrix products", "optimizer states", "pipeline rank", "Against the best", "recompute"):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--model llama3-8b --gpus 8", "--global-batch-size"),
+        ("--model llama3-8b --gpus 8 --gpu x100 --global-batch-size 8", "--gpu x100"),
+        ("--model llama3-8b --gpus 0 --global-batch-size 8", "--gpus 0"),
+        ("--model llama3-9b --gpus 8", "as --help says"),
+        ("--model llama3-8b --gpus 8 --global-batch-size 8 --gpuss 3", "did you mean --gpus"),
+        ("--model llama3-70b --gpus 1 --global-batch-size 8 --micro-batch-size 1", "no layout fits"),
+        ("--model llama3-8b --gpus 8 --global-batch-size 8 --explain tp3", "ranks must be"),
+        ("--model llama3-8b --gpus 8 --global-batch-size 8 --explain t8", "layout name"),
+        ("--model llama3-8b --gpus 6 --global-batch-size 8 --tensor-model-parallel-size 6", "num-attention-heads"),
+        ("--model llama3-8b --gpus 7 --global-batch-size 8 --ring-size 1 --ulysses-size 1"
+         " --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1", "multiple of their product"),
+    ],
+)  # fmt: skip
+def test_refused(flags: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", *flags.split()]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_calibrate(tmp_path: Path) -> None:
+    from megasp.planner import calibrate
+
+    calibrate_file = tmp_path / "cpu.yaml"
+    assert cli.main(["calibrate", "--output", str(calibrate_file)]) == 0
+    gpu = load_gpu(str(calibrate_file))
+    assert 0 < gpu.matmul["bf16"] < 1e14 and gpu.attention["flash"].rate(True, 128, 256) > 0
+    assert calibrate.REPEATS
