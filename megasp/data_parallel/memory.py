@@ -11,29 +11,43 @@ class StateBytes:
         parameters: in the compute dtype; `masters`: their fp32 copies, where they are other tensors.
         gradients: what they are summed in; `growing` where there is no buffer: they are made by the first backward.
         optimizer: Adam's two moments.
-        buffers: weights that are gathered and gradients that are reduced at a time, where they are sharded.
+        gathered: weights that are there whole at a time, where they are sharded: of the layer that runs, of the next
+            one, and of the head.
+        reducing: gradients of a layer that are reduced while the next one's backward runs.
+        lingering: those of the head, reduced last, which `fully_shard` lets go in the next microbatch's backward.
     """
 
     parameters: int
     masters: int
     gradients: int
     optimizer: int
-    buffers: int
+    gathered: int
+    reducing: int
+    lingering: int
     growing: bool
 
 
 def state_bytes(
-    elements: int, unit: int, item: int, ranks: int, shards: int, zero: int = 0, gradient_item: int | None = None
+    elements: int,
+    layer: int,
+    heads: int,
+    item: int,
+    ranks: int,
+    shards: int,
+    zero: int = 0,
+    gradient_item: int | None = None,
+    microbatches: int = 1,
 ) -> StateBytes:
     """What a rank holds of its tensor- and pipeline-parallel part of a model.
 
     Args:
-        elements: of all its parameters; `unit`: of the largest group that is gathered or reduced at a time, a layer or
-            an end of the model.
+        elements: of all its parameters; `layer`: of one layer, which are gathered and reduced together; `heads`: of
+            final norm and head, which stay gathered from their forward to their backward.
         item: bytes of an element in the compute dtype.
         ranks: over which gradients are summed; `shards`: of those, over which states are sharded.
         zero: ZeRO stage (arXiv 1910.02054): 1 shards optimizer states and masters, 2 gradients, too, 3 weights, too.
         gradient_item: bytes of an element of the sums of gradients; those of the masters without it.
+        microbatches: of a step.
     """
     wide = max(item, 4)
     gradient_item = gradient_item or wide
@@ -43,12 +57,13 @@ def state_bytes(
     def held(size: int, least: int) -> int:
         return (-(-elements // shards) if zero >= least else elements) * size
 
-    gathered = 2 * unit * item if zero == 3 else 0
     return StateBytes(
         parameters=0 if zero == 3 else elements * item,
         masters=held(wide, 1) if copies else 0,
         gradients=held(gradient_item, 2),
         optimizer=held(2 * wide, 1),
-        buffers=gathered + (unit * (gradient_item + item) if zero else 0),
+        gathered=(2 * layer + heads) * item if zero == 3 else 0,
+        reducing=layer * gradient_item if zero else 0,
+        lingering=heads * gradient_item if zero > 1 and microbatches > 1 else 0,
         growing=not copies and ranks == 1,
     )

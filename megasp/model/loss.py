@@ -137,10 +137,9 @@ def loss_footprint(rows: int, size: int, vocabulary: int, item: int, split: int 
     wide = max(item, 4)
     chunk = min(rows, max(1, CHUNK_BYTES // (vocabulary * item)))
     hidden, weight = rows * size * item, vocabulary * size * item
-    total = vocabulary * size * wide if chunk < rows else weight
-    product = weight if chunk < rows or item < wide else 0
+    total = vocabulary * size * wide if chunk < rows else 0  # where there are several, their sum is wide
     logits = chunk * vocabulary * (item + (wide if item < wide else 0))
-    products = chunk * (vocabulary + size) * item + product
+    products = chunk * (vocabulary + size) * item + weight
     forward = hidden * (1 + (split > 1)) + total + max(logits, products)
     kept = {"head's gradients": hidden + weight}
     return Part("loss", wide, forward, max(hidden // split if split > 1 else 0, wide), kept, keeps_input=False)

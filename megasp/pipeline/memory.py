@@ -22,11 +22,15 @@ class StageBytes:
         pieces: what runs one after another: embedding, layers, head.
         gradients: bytes of weight gradients that each of them makes, where these have no buffer.
         shared: kept once by all of them.
+        reducing: gradients of one of them that are reduced while the one before runs backward; not those of the last
+            `unreduced`, which wait for the end.
     """
 
     pieces: Sequence[Footprint]
     gradients: Sequence[int]
     shared: int = 0
+    reducing: int = 0
+    unreduced: int = 0
 
     @cached_property
     def kept(self) -> int:
@@ -107,9 +111,11 @@ class _Walk:
         kept, most, gradients = self.kept, 0, self._made()
         growing = action.stage not in self.made
         grown = at_most = 0
-        for piece, size in zip(reversed(stage.pieces), reversed(stage.gradients), strict=True):
-            if kept + piece.backward - piece.total + grown > most:
-                most, at_most = kept + piece.backward - piece.total + grown, grown
+        for index, (piece, size) in enumerate(zip(reversed(stage.pieces), reversed(stage.gradients), strict=True)):
+            reducing = stage.reducing if index > stage.unreduced else 0
+            needed = kept + piece.backward - piece.total + grown + reducing
+            if needed > most:
+                most, at_most = needed, grown
             kept += (piece.deferred if action.kind == "I" else 0) - piece.total
             grown += size if growing else 0
         return most - at_most, gradients + at_most

@@ -112,7 +112,7 @@ class Floor:
         """What a GPU must have, with the layout's sharding."""
         shards = layout.dp_inner * layout.cp
         states = state_bytes(
-            self.elements, self.unit, self.item, shards * layout.dp_outer, shards, layout.zero, self.gradient_item
+            self.elements, self.unit, 0, self.item, shards * layout.dp_outer, shards, layout.zero, self.gradient_item
         )
         fixed = states.parameters + states.masters + states.optimizer + (0 if states.growing else states.gradients)
         return with_outside(fixed + self.kept)

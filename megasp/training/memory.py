@@ -53,7 +53,7 @@ class Account:
     @property
     def total(self) -> int:
         """At the fullest moment of the step."""
-        passes = self.static + self.states.buffers + self.peak.total
+        passes = self.static + self.states.gathered + self.states.lingering + self.peak.total
         return max(passes, self.static + (self.states.gradients if self.states.growing else 0))
 
     @property
@@ -69,7 +69,8 @@ class Account:
             "master weights": s.masters,
             "gradients": p.gradients if s.growing else s.gradients,
             "optimizer states": s.optimizer,
-            "sharding buffers": s.buffers,
+            "gathered weights": s.gathered,
+            "reduction buffers": s.lingering,
             "kept activations": p.activations,
             "working memory": p.working,
             "pipeline messages": p.messages,
@@ -101,14 +102,15 @@ def account(
     layer = model_memory.layer_parameters(model, layout.tp)
     ends = {stage.number: model_memory.end_parameters(model, layout.tp, stage.first, stage.last) for stage in mine}
     elements = sum(len(stage.layers) * layer + sum(ends[stage.number].values()) for stage in mine)
-    unit = max([layer, *(count for end in ends.values() for count in end.values())])
+    heads = sum(end.get(name, 0) for end in ends.values() for name in ("head", "final norm"))
     gradient_item = gradient_item or (2 if training.grad_reduce_in_bf16 else None)
     shards = layout.dp_inner * layout.cp
     zero = config.parallel.zero_stage if zero is None else zero
-    states = state_bytes(elements, unit, sizes.item, shards * layout.dp_outer, shards, zero, gradient_item)
+    ranks, microbatches = shards * layout.dp_outer, config.num_microbatches(layout)
+    states = state_bytes(elements, layer, heads, sizes.item, ranks, shards, zero, gradient_item, microbatches)
     growing = max(sizes.item, 4) if states.growing else 0
-    stages = {stage.number: _stage(config, sizes, stage, growing) for stage in mine}
-    steps = schedule(plan.schedule, plan.ranks, config.num_microbatches(layout), plan.chunks)
+    stages = {stage.number: _stage(config, sizes, stage, growing, states.reducing) for stage in mine}
+    steps = schedule(plan.schedule, plan.ranks, microbatches, plan.chunks)
     fullest = peak(steps, pipeline_rank, stages, sizes.rows * model.hidden_size * sizes.item)
     live = Counter(fullest.live) + Counter([fullest.action.stage] * (fullest.action.kind == "F"))
     host = sum(count * sum(piece.host for piece in stages[number].pieces) for number, count in live.items())
@@ -128,7 +130,7 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
     model, training, context = config.model, config.training, split_context(config)
     tokens = training.micro_batch_size * training.seq_length // layout.cp
     heads, kv_heads = (max(1, count // layout.tp) for count in (model.num_attention_heads, model.kv_heads))
-    item = {"float32": 4}.get(training.compute_dtype, 2)
+    item = 2 if training.bf16 or training.fp16 else 4
     last = layout.ulysses - 1  # where heads are uneven the last rank has most of them
     dropout = model.attention_dropout
     kernel, _ = choose_kernel(training.attention_backend, device, training.compute_dtype, dropout, model.head_dim)
@@ -152,8 +154,9 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
     )
 
 
-def _stage(config: Config, sizes: Sizes, stage: Stage, growing: int) -> StageBytes:
-    """One microbatch through a stage; `growing` is the bytes of a gradient that has no buffer."""
+def _stage(config: Config, sizes: Sizes, stage: Stage, growing: int, reducing: int) -> StageBytes:
+    """One microbatch through a stage; `growing` is the bytes of a gradient that has no buffer, `reducing` of those of a
+    layer that are reduced meanwhile."""
     model = config.model
     layers = model_memory.stage_layers(
         model, sizes, config.activations.recompute, len(stage.layers), config.activations.offloaded(len(stage.layers))
@@ -168,7 +171,8 @@ def _stage(config: Config, sizes: Sizes, stage: Stage, growing: int) -> StageByt
     if stage.last:
         pieces.append(model_memory.last_footprint(model, sizes))
         gradients.append(ends["final norm"] + ends.get("head", 0))
-    return StageBytes(pieces, [growing * count for count in gradients], model_memory.tables(model, sizes))
+    tables = model_memory.tables(model, sizes)
+    return StageBytes(pieces, [growing * count for count in gradients], tables, reducing, int(stage.last))
 
 
 def table(accounts: Sequence[Account], measured: Mapping[str, Sequence[int]] | None = None) -> list[str]:

@@ -71,7 +71,8 @@ def test_account_is_the_count(name: str) -> None:
     for rank in range(layout.pp):
         expected = account(config, layout, rank)
         counted = dry_run.count(config, layout, expected.rank)
-        assert expected.static == pytest.approx(counted.built, rel=1e-3), "states"
+        if not layout.zero:  # which gathers weights and makes gradients in the step
+            assert expected.static == pytest.approx(counted.built, rel=1e-3), "states"
         assert expected.total == pytest.approx(counted.peak, rel=0.03), f"pipeline rank {rank}: {expected.rows()}"
         assert sum(size for _, size in expected.rows()) == expected.total
 
@@ -80,8 +81,8 @@ def test_zero_shares_states_out() -> None:
     from megasp.data_parallel.memory import state_bytes
 
     def per_parameter(zero: int, gradient_item: int | None = None) -> float:
-        s = state_bytes(8_000_000, 0, 2, 8, 8, zero, gradient_item)
-        return (s.parameters + s.masters + s.gradients + s.optimizer + s.buffers) / 8e6
+        s = state_bytes(8_000_000, 0, 0, 2, 8, 8, zero, gradient_item)
+        return (s.parameters + s.masters + s.gradients + s.optimizer) / 8e6
 
     assert [per_parameter(zero) for zero in range(4)] == [18, 7.5, 4, 2]
     assert per_parameter(1, gradient_item=2) == 5.5, "with bf16 gradients: Llama-3 8B on 8 H100s, 44.27e9 bytes"
