@@ -105,7 +105,9 @@ def main() -> None:
     frozen_on_gpu = args.lora_rank and torch.cuda.is_available()
     model, encode = load(args.model, torch.bfloat16 if frozen_on_gpu else torch.float32)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    ulysses = args.ulysses_size or math.gcd(ranks, model.config.get_text_config().num_key_value_heads)
+    ulysses = args.ulysses_size or math.gcd(
+        ranks // (args.ring_size or 1), model.config.get_text_config().num_key_value_heads
+    )
     ring = args.ring_size or max(1, ranks // ulysses)
     state = parallel_state.initialize_model_parallel(ulysses_size=ulysses, ring_size=ring)
     if args.lora_rank:

@@ -42,10 +42,9 @@ def initialize_distributed(backend: str | None = None, timeout_minutes: float = 
 
 def _check_launcher() -> None:
     """Refuse several processes that do not know of each other: each would train alone and write the same files."""
-    for launcher, size in (("srun", "SLURM_NTASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE")):
+    for launcher, size in (("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE")):
         processes = int(os.environ.get(size, "1"))
-        started = {"srun": "SLURM_STEP_ID", "mpirun": size}[launcher] in os.environ  # not merely inside an allocation
-        if processes > 1 and started and "RANK" not in os.environ:
+        if processes > 1 and "RANK" not in os.environ:
             raise ConfigError(
                 f"{processes} processes of {launcher} without RANK",
                 "ranks find each other by the variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT",

@@ -40,6 +40,12 @@ def _recompute(config: Config) -> None:
             "groups of layers that keep one input are recomputed in full",
             "use --recompute-method block or alternate, or --recompute-granularity full",
         )
+    if recompute.does("core_attn") and config.parallel.ulysses_head_chunks > 1:
+        raise ConfigError(
+            f"--ulysses-head-chunks {config.parallel.ulysses_head_chunks} with --recompute-modules core_attn",
+            "attention made again stops at the last tensor that it needs, with the chunks' exchanges on their way",
+            "use --ulysses-head-chunks 1, or another recompute",
+        )
 
 
 def _tiles(config: Config, layout: Layout) -> None:

@@ -130,7 +130,11 @@ def encode(options: EncodingOptions, documents: Sequence[Document]) -> list[Enco
             else:
                 ids = [_given_ids(tokenizer, document.ids), *[np.empty(0, np.int64)] * (keys - 1)]
             if options.append_eod and document.ends:  # blank text stays empty, but the last part of a document ends it
-                ids = [np.append(part, tokenizer.eod) if len(part) or not document.begins else part for part in ids]
+                in_parts = [key == 0 and not document.begins for key in range(keys)]  # other keys' texts are whole
+                ids = [
+                    np.append(part, tokenizer.eod) if len(part) or partial else part
+                    for part, partial in zip(ids, in_parts, strict=True)
+                ]
             found.append(Encoded(document, [tokens.astype(dtype) for tokens in ids]))
         return found
     except DataError as error:

@@ -66,7 +66,7 @@ def text_under(key: str, blocks: Iterator[bytes]) -> Iterator[str]:
                 break
             rest, inside = rest + '"', False
     rest += buffer + decoder.decode(b"", True)
-    if not (found and _is_json(rest)):
+    if not (found and _is_json(rest)) or (inside and wanted):  # half a surrogate at the end, which is no text
         raise RestOfLine(rest)
 
 

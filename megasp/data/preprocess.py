@@ -8,7 +8,7 @@ ends with the same bytes.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import islice
@@ -106,7 +106,7 @@ def _write(options: Options, files: Sequence[Path], chunks: Chunks) -> None:
     on_disk = None if STDIN in files else sum(file.stat().st_size for file in files)
     results = closing(encode_all(options, batches(documents)))  # an error must end the pool at once
     with log.progress(None, "tokenizing", on_disk, "B") as bar, results as all_encoded:
-        encoded: Iterator[Encoded] = iter(all_encoded)
+        encoded = _until_bad(all_encoded)
         while not chunks.complete:
             totals = chunks.totals.copy()
             with ExitStack() as stack:
@@ -130,6 +130,17 @@ def _after(documents: Iterator[Document], count: int) -> Iterator[Document]:
     while skipped < count:
         skipped += next(documents).ends
     return islice(documents, None)
+
+
+def _until_bad(parts: Iterable[Encoded]) -> Iterator[Encoded]:
+    """Of a document with a bad part nothing after that part, which ends it: what is left out is left out whole."""
+    bad = False
+    for part in parts:
+        bad = bad and not part.begins
+        if not bad:
+            bad = part.error is not None
+            part.ends = part.ends or bad
+            yield part
 
 
 def _add(encoded: Encoded, builders: Sequence[IndexedDatasetBuilder], totals: Totals, skip_bad: bool) -> None:

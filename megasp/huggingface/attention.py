@@ -114,7 +114,10 @@ def attention_forward(
 
 def _slides(module: nn.Module) -> bool:
     """Whether the model's config gives this layer a window: some models say so in their masks alone."""
-    kinds: list[str] = getattr(getattr(module, "config", None), "layer_types", None) or []
+    config = getattr(module, "config", None)
+    kinds: list[str] = getattr(config, "layer_types", None) or []
+    if not kinds:
+        return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
     layer: int | None = getattr(module, "layer_idx", None)
     return layer is not None and kinds[layer : layer + 1] == ["sliding_attention"]
 

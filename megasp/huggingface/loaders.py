@@ -51,6 +51,13 @@ def _read_by_group(loader: Any, collator: ShardingCollator) -> None:
             "rank 0 would deal the rows of its own shard out to all ranks",
             "set dispatch_batches to False (Trainer: accelerator_config={'dispatch_batches': False})",
         )
-    for reader in (loader.batch_sampler, loader.dataset):
-        if isinstance(reader, BatchSamplerShard | IterableDatasetShard):
-            reader.num_processes, reader.process_index = collator.data_ranks, collator.data_rank
+    kinds = BatchSamplerShard | IterableDatasetShard
+    readers = [reader for reader in (loader.batch_sampler, loader.dataset) if isinstance(reader, kinds)]
+    if not readers and collator.ulysses * collator.ring * collator.data_ranks > 1:
+        raise ConfigError(
+            "a dataset that deals its files out to ranks by itself",
+            "ranks of one sequence must read the same samples",
+            "give a map-style dataset, or a torch IterableDataset",
+        )
+    for reader in readers:
+        reader.num_processes, reader.process_index = collator.data_ranks, collator.data_rank

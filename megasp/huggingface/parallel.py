@@ -90,7 +90,7 @@ class _Calls:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Give attention what it must know of the batch; refuse a call that shards cannot serve."""
         samples = kwargs.pop("sample_info", None)
-        if samples is None:
+        if samples is None or kwargs.get("position_ids") is None:
             raise ConfigError(
                 "a batch without positions",
                 "each rank must know which tokens of the whole samples it holds",

@@ -142,7 +142,7 @@ def test_traffic() -> None:
 
 @pytest.mark.parametrize(
     ("launcher", "variables"),
-    [("srun", {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8"}), ("mpirun", {"OMPI_COMM_WORLD_SIZE": "8"})],
+    [("srun", {"SLURM_STEP_NUM_TASKS": "8"}), ("mpirun", {"OMPI_COMM_WORLD_SIZE": "8"})],
 )
 def test_processes_that_do_not_know_of_each_other(
     monkeypatch: pytest.MonkeyPatch, launcher: str, variables: dict[str, str]

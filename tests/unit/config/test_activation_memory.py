@@ -18,6 +18,15 @@ from tests.unit.config.test_validate import BASE, PP
         ({"recompute_num_layers": 2}, "--recompute-num-layers 2 without"),
         ({"recompute_modules": ("mlp",)}, "--recompute-modules with recompute-granularity None"),
         ({"recompute_granularity": "selective", "recompute_num_layers": 2}, "groups of layers"),
+        (
+            {
+                "recompute_granularity": "selective",
+                "recompute_modules": ("core_attn",),
+                "ulysses_head_chunks": 2,
+                "ulysses_size": 2,
+            },
+            "exchanges on their way",
+        ),
         ({"tiled_mlp": 33}, "--tiled-mlp 33 on 32 positions"),
         ({"tiled_mlp": 2, "recompute_granularity": "selective", "recompute_modules": ("mlp",)}, "keeps its input"),
         ({"tiled_mlp": 2, "pipeline_schedule": "zb-h1", PP: 2}, "put off keep all tiles"),
@@ -28,7 +37,7 @@ from tests.unit.config.test_validate import BASE, PP
 )
 def test_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        validate(from_values(BASE | given), given.get(PP, 1))
+        validate(from_values(BASE | given), given.get(PP, given.get("ulysses_size", 1)))
 
 
 def test_offload_on_a_gpu_passes() -> None:

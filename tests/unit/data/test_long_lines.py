@@ -61,3 +61,11 @@ def test_a_damaged_line_is_bad_in_pieces_too(line, size, data):
         patch.setattr(long_lines, "LONG", 5)
         found, expected = in_pieces(bytes(raw), size), whole(bytes(raw))
     assert found == expected or (expected == "" and not (found or "").strip())
+
+
+def test_half_a_surrogate_at_the_end_of_a_long_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows it is not dropped in silence."""
+    monkeypatch.setattr(long_lines, "LONG", 10)
+    line = b'{"text": "' + b"a" * 50 + b'\\ud800ab"}\n'
+    with pytest.raises(long_lines.RestOfLine):
+        list(long_lines.text_under("text", iter([line])))

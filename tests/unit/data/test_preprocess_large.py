@@ -81,6 +81,24 @@ def test_arrays_of_ids(tmp_path, monkeypatch):
             process(tmp_path, tmp_path / name, name="bad", **options)
 
 
+def test_a_document_with_a_bad_part_is_left_out_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PART", 7)
+    ids = np.arange(60).reshape(3, 20)
+    ids[1, 3] = 101  # in the first of three parts
+    np.save(tmp_path / "rows.npy", ids)
+    null = {"tokenizer_type": "NullTokenizer", "vocab_size": 100, "skip_bad_lines": True}
+    made = process(tmp_path, tmp_path / "rows.npy", **null)
+    assert [row.tolist() for row in made] == [ids[0].tolist(), ids[2].tolist()]
+
+
+def test_a_document_in_parts_ends_under_its_own_key_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PART", 7)
+    np.save(tmp_path / "rows.npy", np.arange(20))
+    null = {"tokenizer_type": "NullTokenizer", "vocab_size": 100, "append_eod": True}
+    with pytest.raises(DataError, match=r"no documents at all for .*summary"):  # and none that is an end alone
+        process(tmp_path, tmp_path / "rows.npy", json_keys=("text", "summary"), **null)
+
+
 @pytest.mark.parametrize("kind", ["text", "json"])
 def test_ids_of_a_long_document_are_those_of_the_whole(tmp_path, monkeypatch, words, kind):
     text = " ".join(words.choices(WORDS, k=20_000))
