@@ -98,6 +98,7 @@ class Manifest:
     files: dict[str, StoredFile]
 
     def to_json(self) -> str:
+        """The text of `manifest.json`, which `read_manifest` reads back."""
         tensors = {
             name: {
                 "dtype": tensor.dtype,

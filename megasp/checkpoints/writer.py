@@ -98,6 +98,7 @@ class Content:
 
     @classmethod
     def of(cls, shards: Sequence[Shard], rank: int) -> "Content":
+        """What rank `rank` writes of its shards: those that it owns, a box of a canonical tensor each."""
         file = f"rank_{rank:05d}.safetensors"
         entries: dict[str, Entry] = {}
         tensors: dict[str, StoredTensor] = {}

@@ -53,8 +53,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 del product
             del dlogits  # before the next chunk makes its own
         if dhidden is not None:
+            # fp16 waits for the backward: without the loss's divisor the sum over many rows may be too large for it.
             if dweight is not None and not fp16:
-                # Without the loss's divisor the sum over many rows may be too large for fp16.
                 dweight = dweight.to(weight.dtype)
             ctx.save_for_backward(dhidden.view_as(full), dweight)
             ctx.dtype = weight.dtype

@@ -95,6 +95,7 @@ class _Slot:
             self.device_bytes, self.mark = self.copies.to_device(self.host)
 
     def take(self) -> Tensor:
+        """The bytes on the device, as soon as they are there; held here until the last use has taken them."""
         self.fetch()
         self.copies.wait(self.mark)
         taken = self.device_bytes

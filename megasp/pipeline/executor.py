@@ -98,6 +98,7 @@ class _Run:
         self.total = torch.zeros((), dtype=torch.float64, device=self.state.device)
 
     def run(self) -> Tensor:
+        """Every action of this rank; the sum of the token losses, fp64 scalar, 0 where the last stage is elsewhere."""
         act = {"F": self._forward, "B": self._backward, "I": self._backward, "W": self._weights}
         watch = self.pipeline.watch
         for action, following in zip(self.row, (*self.row[1:], None), strict=True):

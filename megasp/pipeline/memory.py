@@ -86,6 +86,7 @@ class _Walk:
         self.sending: dict[int, deque[int]] = {}
 
     def step(self, index: int) -> Peak:
+        """Run action `index` of the row on paper: what is held at its fullest moment, in bytes."""
         action = self.row[index]
         self._take(action)
         for following in self.row[index + 1 : index + 2]:
