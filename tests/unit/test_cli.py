@@ -85,9 +85,7 @@ def outcome(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
 
 def test_os_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert outcome(PermissionError(errno.EACCES, "Permission denied", "/data/x"), monkeypatch) == 2
-    assert (
-        capsys.readouterr().err == "megasp: /data/x: Permission denied; check the path, its rights and the disk.\n"
-    )
+    assert capsys.readouterr().err == "megasp: /data/x: Permission denied; check the path, its rights and the disk.\n"
     assert outcome(OSError(errno.ENOSPC, "No space left on device"), monkeypatch) == 2
     assert capsys.readouterr().err.startswith("megasp: a file: No space left on device; ")
 
