@@ -4,14 +4,13 @@
 """
 
 import dataclasses
-from collections.abc import Callable
 
 from megasp.config import activation_memory, stages
-from megasp.config.context_parallel import split_context
 from megasp.config.data_rules import check_data
-from megasp.config.heads import most_chunks
 from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
+from megasp.config.layout_rules import check_sharding, check_splits, layout_of, nearest
+from megasp.config.precision_rules import check_precision
 from megasp.config.ranges import check_ranges
 from megasp.config.rotary_scaling import check_rotary_scaling
 from megasp.config.schema import Config
@@ -28,10 +27,10 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
     """
     check_ranges(config)
     _model(config)
-    layout = _layout(config, world_size)
-    _splits(config, layout)
-    _sharding(config)
-    _precision(config)
+    layout = layout_of(config, world_size)
+    check_splits(config, layout)
+    check_sharding(config)
+    check_precision(config)
     stages.split(config)
     _batch(config, layout)
     _training(config, layout)
@@ -39,14 +38,6 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
     _attention_kernel(config, device)
     activation_memory.check(config, layout, device)
     return layout
-
-
-def nearest(value: int, works: Callable[[int], bool], limit: int | None = None) -> str:
-    """The nearest numbers below and above `value` (up to `limit`) that `works`, as words: "6 or 8"."""
-    limit = limit or 2 * value + (1 << 20)
-    below = next((n for n in range(value, 0, -1) if works(n)), None)
-    above = next((n for n in range(value + 1, limit) if works(n)), None)
-    return " or ".join(str(n) for n in (below, above) if n is not None)
 
 
 def _model(config: Config) -> None:
@@ -90,113 +81,6 @@ def _model(config: Config) -> None:
             f"seq-length {config.training.seq_length} and max-position-embeddings {longest}",
             "learned positions must cover the sequence",
             f"use --max-position-embeddings {config.training.seq_length}",
-        )
-
-
-def _layout(config: Config, world_size: int) -> Layout:
-    parallel = config.parallel
-    context = split_context(config)
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    ranks = tp * pp * context.ulysses * context.ring
-    if world_size % ranks:
-        raise ConfigError(
-            f"tensor {tp} x pipeline {pp} x Ulysses {context.ulysses} x ring {context.ring} = {ranks} "
-            f"on {world_size} ranks",
-            "the product must divide the number of ranks",
-            f"start {nearest(world_size, lambda n: n % ranks == 0)} ranks, or change a size",
-        )
-    dp, outer = world_size // ranks, parallel.num_distributed_optimizer_instances
-    if dp % outer:
-        raise ConfigError(
-            f"num-distributed-optimizer-instances {outer} on data-parallel size {dp}",
-            "each replica is sharded over equally many ranks",
-            f"use {nearest(outer, lambda n: dp % n == 0, dp + 1)}",
-        )
-    return Layout(pp, outer, dp // outer, context.ring, context.ulysses, tp, parallel.zero_stage)
-
-
-def _splits(config: Config, layout: Layout) -> None:
-    """What each axis must divide."""
-    model, seq, tp, ulysses = config.model, config.training.seq_length, layout.tp, layout.ulysses
-    heads, kv_heads = model.num_attention_heads, model.kv_heads
-
-    vocab = 0 if model.vocab_size is None else model.padded_vocab_size
-
-    def shared(size: int) -> bool:
-        return kv_heads % size == 0 or size % kv_heads == 0
-
-    def works(size: int) -> bool:
-        return not (heads % size or model.mlp_size % size or vocab % size) and shared(size)
-
-    def must(ok: bool, got: str, rule: str, fix: str) -> None:
-        if not ok:
-            raise ConfigError(got, rule, fix)
-
-    on_tp = f"on tensor-model-parallel-size {tp}"
-    fix = f"use a size of {nearest(tp, works, heads + 1)}"
-    sizes = {"num-attention-heads": heads, "ffn-hidden-size": model.mlp_size, "padded vocabulary": vocab}
-    for name, size in sizes.items():
-        must(size % tp == 0, f"{name} {size} {on_tp}", "tensor-model-parallel-size must divide it", fix)
-    must(shared(tp), f"num-query-groups {kv_heads} {on_tp}", "one must divide the other", fix)
-    local = heads // tp
-    must(
-        ulysses <= local,
-        f"ulysses-size {ulysses} with {local} query heads per tensor-parallel rank ({heads} / {tp})",
-        "each Ulysses rank holds at least one head",
-        f"use --ulysses-size {max(n for n in range(1, local + 1) if layout.cp % n == 0)}, and --ring-size for the rest",
-    )
-    chunks, kv_local = config.parallel.ulysses_head_chunks, max(1, kv_heads // tp)
-    most = most_chunks(local, kv_local, ulysses, between_kv=layout.ring > 1) if ulysses > 1 else 1
-    must(
-        chunks <= most,
-        f"ulysses-head-chunks {chunks} with ulysses-size {ulysses} and ring-size {layout.ring}",
-        "a chunk is at least one of a Ulysses rank's query heads, and with a ring one of its kv heads",
-        f"use --ulysses-head-chunks {most}",
-    )
-    ranks = layout.cp * (tp if config.parallel.sequence_parallel else 1)
-    must(
-        seq % ranks == 0,
-        f"seq-length {seq} over {ranks} ranks (context parallel {layout.cp}"
-        + (f" x tensor parallel {tp}, with sequence parallelism)" if ranks != layout.cp else ")"),
-        "every rank must hold equally many tokens",
-        f"use --seq-length {nearest(seq, lambda n: n % ranks == 0)}",
-    )
-
-
-def _sharding(config: Config) -> None:
-    parallel = config.parallel
-    if parallel.num_distributed_optimizer_instances > 1 and not parallel.zero_stage:
-        raise ConfigError(
-            f"--num-distributed-optimizer-instances {parallel.num_distributed_optimizer_instances} without sharding",
-            "an instance is a replica whose ranks share out its optimizer states",
-            "add --use-distributed-optimizer, or leave it out",
-        )
-    if parallel.zero_stage == 2 and config.pipeline.defers_weight_gradients:
-        raise ConfigError(
-            f"--data-parallel-sharding-strategy optim_grads with --pipeline-schedule {config.pipeline.schedule}",
-            "deferred weight gradients are reduced at the end of the step, which is ZeRO-1 in disguise",
-            "use --data-parallel-sharding-strategy optim, or --pipeline-schedule 1f1b",
-        )
-
-
-def _precision(config: Config) -> None:
-    training, scaling = config.training, config.loss_scaling
-    if training.bf16 and training.fp16:
-        raise ConfigError("--bf16 and --fp16", "a run computes in one of them", "leave --fp16 out")
-    if training.grad_reduce_in_bf16 and not training.bf16:
-        raise ConfigError("--grad-reduce-in-bf16 without --bf16", "it is for gradients in bfloat16", "leave it out")
-    given = [field.name for field in dataclasses.fields(scaling) if getattr(scaling, field.name) is not None]
-    option = f"--{given[0].replace('_', '-')}" if given else ""
-    if given and not training.fp16:
-        raise ConfigError(f"{option} without --fp16", "it would do nothing", f"add --fp16, or leave {option} out")
-    if scaling.loss_scale is not None and len(given) > 1:
-        option = f"--{given[1].replace('_', '-')}"
-        raise ConfigError(f"--loss-scale with {option}", "a constant scale does not change", f"leave {option} out")
-    if scaling.smallest > scaling.initial:
-        raise ConfigError(
-            f"min-loss-scale {scaling.smallest:g} and initial-loss-scale {scaling.initial:g}",
-            "the loss scale begins at its smallest or above",
-            f"use --min-loss-scale {scaling.initial:g}",
         )
 
 
