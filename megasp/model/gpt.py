@@ -17,7 +17,7 @@ from megasp.model.attention import Tokens
 from megasp.model.block import Block
 from megasp.model.dropout import TokenKeys, dropout, site_key
 from megasp.model.init import Factory
-from megasp.model.layers import VocabParallelEmbedding, replicated
+from megasp.model.layers import VocabParallelEmbedding, lookup, replicated
 from megasp.model.loss import linear_cross_entropy
 from megasp.model.norm import Norm
 from megasp.model.offload import Offload, copier
@@ -209,7 +209,7 @@ class GPTModel(nn.Module):
         x = self.embedding(tokens.t())
         if self.position_embedding is not None:
             seen = positions if positions.dim() == 2 else positions[:, None]
-            x = x + self.position_embedding[self._shard(seen)]
+            x = x + lookup(self._shard(seen), self.position_embedding)
         return dropout(x, self.config.hidden_dropout, self.embedding_key, keys)
 
     def _logits(self, x: Tensor) -> Tensor:
