@@ -21,7 +21,7 @@ from megasp.model.layers import VocabParallelEmbedding, lookup, replicated
 from megasp.model.loss import linear_cross_entropy
 from megasp.model.norm import Norm
 from megasp.model.offload import Offload, copier
-from megasp.model.recompute import recomputed
+from megasp.model.recompute import recomputed, shared_out
 from megasp.model.rotary import cos_sin
 from megasp.parallel_state import ParallelState
 from megasp.sequence_parallel import Documents, Kept, Mask, SequenceAttention
@@ -177,8 +177,10 @@ class GPTModel(nn.Module):
                 x = self.layers[number](x, info)
             return x
 
-        whole = granularity in ("full", "all-but-attention") and torch.is_grad_enabled()
-        return recomputed(layers, x) if whole else layers(x)
+        if granularity not in ("full", "all-but-attention") or not torch.is_grad_enabled():
+            return layers(x)
+        with shared_out(x, self.state.tp, self.recompute[group.start].distributed):
+            return recomputed(layers, x)
 
     def residual_shape(self, samples: int, positions: int) -> tuple[int, int, int]:
         """Shape of the residual stream of a microbatch [samples, positions] on this rank."""

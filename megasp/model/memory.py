@@ -160,19 +160,21 @@ def layer_footprint(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> F
     stream = sizes.rows * model.hidden_size * sizes.item
     halves = [chain(half(model, sizes, recompute), stream, STREAM, residual=True) for half in (_attention, _mlp)]
     layer = joined(halves)
+    shares = sizes.tp if recompute.distributed else 1
     if recompute.granularity == "full":
-        return recomputed(layer, stream, name=STREAM)
+        return recomputed(layer, stream, name=STREAM, shares=shares)
     if recompute.granularity == "all-but-attention":
         attend = next(part for part in attention_parts(sizes.attention) if part.keeps_output)
         also = {attend.name: attend.output or 0, **attend.kept}
-        return recomputed(layer, stream, also, STREAM)
+        return recomputed(layer, stream, also, STREAM, shares)
     return layer
 
 
 def stage_layers(
-    model: ModelConfig, sizes: Sizes, recompute: Recompute, layers: int, offloaded: int = 0
+    model: ModelConfig, sizes: Sizes, recompute: Recompute, layers: int, offloaded: int = 0, first: bool = True
 ) -> list[Footprint]:
     """The layers of a stage, those that are recomputed together as one; the first `offloaded` keep theirs on the host.
+    A stage that is not the `first` keeps its own input whole.
 
     Of these the last one's is on the device, too; two layers' are while a forward runs, and while a backward does.
     """
@@ -182,12 +184,14 @@ def stage_layers(
     found: list[Footprint] = []
     away: list[tuple[int, Footprint, int]] = []
     for group, again in recompute.groups(layers):
+        given = group.start == 0 and not first
         if not again:
             found.append(plain)
         elif len(group) == 1:
-            found.append(single)
+            found.append(layer_footprint(model, sizes, replace(recompute, distributed=False)) if given else single)
         else:
-            found.append(recomputed(joined([plain] * len(group)), stream, name=STREAM))
+            shares = sizes.tp if recompute.distributed and not given else 1
+            found.append(recomputed(joined([plain] * len(group)), stream, name=STREAM, shares=shares))
         if group.start < offloaded:
             before = found[-2].total if len(found) > 1 else 0
             away.append((len(found) - 1, found[-1], before))

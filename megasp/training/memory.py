@@ -170,13 +170,14 @@ def _stage(config: Config, sizes: Sizes, stage: Stage, growing: int, reducing: i
     """One microbatch through a stage; `growing` is the bytes of a gradient that has no buffer, `reducing` of those of a
     layer that are reduced meanwhile."""
     model = config.model
+    count, activations = len(stage.layers), config.activations
     layers = model_memory.stage_layers(
-        model, sizes, config.activations.recompute, len(stage.layers), config.activations.offloaded(len(stage.layers))
+        model, sizes, activations.recompute, count, activations.offloaded(count), stage.first
     )
     ends = model_memory.end_parameters(model, sizes.tp, stage.first, stage.last)
     each = model_memory.layer_parameters(model, sizes.tp)
     pieces = [*layers]
-    gradients = [each * len(group) for group, _ in config.activations.recompute.groups(len(stage.layers))]
+    gradients = [each * len(group) for group, _ in activations.recompute.groups(count)]
     if stage.first:
         pieces.insert(0, model_memory.first_footprint(model, sizes))
         gradients.insert(0, ends["embedding"] + ends.get("positions", 0))
