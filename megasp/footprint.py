@@ -148,11 +148,15 @@ def joined(footprints: Sequence[Footprint]) -> Footprint:
     return Footprint(footprints[-1].output, dict(kept), forward, passing, backward, deferred)
 
 
-def recomputed(inner: Footprint, size: int, also: dict[str, int] | None = None, name: str = "input") -> Footprint:
-    """The same, made again from its input of `size` bytes: nothing else is kept, but what `also` names."""
-    kept = {name: size, **(also or {})}
-    forward = inner.passing + sum(kept.values()) - size
-    backward = max(inner.forward + inner.output, inner.backward)
+def recomputed(
+    inner: Footprint, size: int, also: dict[str, int] | None = None, name: str = "input", shares: int = 1
+) -> Footprint:
+    """The same, made again from its input of `size` bytes: nothing else is kept, but what `also` names. Of the input
+    that is a share of so many, from which the backward makes it whole."""
+    kept = {name: size // shares, **(also or {})}
+    share = size // shares if shares > 1 else 0
+    forward = inner.passing + sum(kept.values()) - (size if shares == 1 else 0)
+    backward = max(inner.forward + inner.output, inner.backward) + share
     return Footprint(inner.output, kept, forward, inner.passing, backward, inner.deferred)
 
 
