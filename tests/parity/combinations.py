@@ -62,8 +62,8 @@ def option(*values: Any, when: Callable[[Layout, Values], Any] | None = None) ->
 
 WHAT: dict[str, Option] = {
     "seq_length": option(24, 48, 20),
-    "batch": option({"global_batch_size": 8}, {"global_batch_size": 8, "micro_batch_size": 2},
-                    {"global_batch_size": 12}),
+    "batch": option({"global_batch_size": 4}, {"global_batch_size": 8, "micro_batch_size": 2},
+                    {"global_batch_size": 6}, {"global_batch_size": 12}),
     "num_query_groups": option(4, 1, 2, 8),
     "position_embedding_type": option("rope", "learned_absolute", "none"),
     "rotary": option({}, {"rotary_percent": 0.5}, {"rotary_scaling": "linear", "rotary_scaling_factor": 2.0},
