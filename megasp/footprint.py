@@ -122,13 +122,14 @@ def _backward(
 ) -> int:
     """The most at a time in the backward."""
     live = peak = kept + sizes[-1]
+    last = max((index for index, part in enumerate(parts) if part.backward), default=-1)
     for index, part in reversed(list(enumerate(parts))):
         before = parts[index - 1] if index else None
         remade = before.forward if before is not None and before.remade else 0
         again = sizes[index] if remade else 0
         peak = max(peak, live + remade, live + again + part.backward)
         if part.backward:
-            through = residual and index == len(parts) - 1  # the residual stream holds it, too
+            through = residual and index == last  # the residual stream holds it, too
             live += sizes[index] - (0 if through else sizes[index + 1])
         live -= sum(part.kept.values())
         live -= sum(sizes[tensor] for tensor, at in keeper.items() if at == index)

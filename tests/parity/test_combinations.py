@@ -7,7 +7,7 @@ import pytest
 from tests.parity.combinations import Seen, check, drawn
 
 FULL = os.environ.get("MEGASP_FULL_MATRIX") == "1"
-SEEDS = range(600 if FULL else 40)
+SEEDS = range(600 if FULL else 32)
 seen = Seen()
 
 
