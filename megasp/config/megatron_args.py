@@ -105,7 +105,7 @@ def config_of(args: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[Config
         for field in fields(group):
             value = args.get(field.name)
             if value is not None and field.name not in OWN and _fits(value, hints[field.name], field.metadata):
-                values[field.name] = tuple(value) if isinstance(value, list) else value
+                values[field.name] = _plain(value, hints[field.name])
     for name, rule in RULES:
         if args.get(name) is not None:
             values.pop(name, None)
@@ -132,12 +132,13 @@ def _vocabulary(args: Mapping[str, Any]) -> dict[str, Any]:
     padded, vocab = args.get("padded_vocab_size"), args.get("vocab_size")
     if padded is None:
         return {} if vocab is None else {"vocab_size": vocab}
+    ids = {}
     if vocab is not None and args.get("tokenizer_type") == "NullTokenizer":
-        vocab += 1  # its end-of-document token
+        ids, vocab = {"tokenizer_model": str(vocab)}, vocab + 1  # its end-of-document token
     multiple = (args.get("make_vocab_size_divisible_by") or 1) * (args.get("tensor_model_parallel_size") or 1)
     if vocab is None or -(-vocab // multiple) * multiple != padded:
         vocab, multiple = padded, 1
-    return {"vocab_size": vocab, "make_vocab_size_divisible_by": multiple}
+    return ids | {"vocab_size": vocab, "make_vocab_size_divisible_by": multiple}
 
 
 def _fits(value: Any, hint: Any, metadata: Mapping[str, Any]) -> bool:
@@ -149,6 +150,13 @@ def _fits(value: Any, hint: Any, metadata: Mapping[str, Any]) -> bool:
     numbers = isinstance(value, int) and not isinstance(value, bool) and float in kinds
     right = any(type(value) is kind for kind in kinds) or numbers
     return right and (metadata.get("choices") is None or value in metadata["choices"])
+
+
+def _plain(value: Any, hint: Any) -> Any:
+    """The value in the type of its field."""
+    if isinstance(value, list):
+        return tuple(value)
+    return float(value) if float in (hint, *typing.get_args(hint)) else value
 
 
 def _unserved(name: str, value: Any, rule: str) -> CheckpointError:

@@ -23,6 +23,7 @@ from megasp import __version__, log
 from megasp.checkpoints.hf_reader import canonical_shapes
 from megasp.checkpoints.manifest import directory_name
 from megasp.checkpoints.megatron.names import find, unknown
+from megasp.checkpoints.megatron.rank_files import read_rank_files
 from megasp.checkpoints.megatron.sources import Source, Stored
 from megasp.checkpoints.megatron.torch_dist import CONFIG, read_torch_dist
 from megasp.checkpoints.safetensors_file import Entry
@@ -76,7 +77,7 @@ def from_megatron(
             output that exists or cannot be written.
     """
     directory, root = _iteration(Path(source)), Path(save)
-    stored = _read(directory)
+    stored = read_torch_dist(directory) if (directory / CONFIG).is_file() else read_rank_files(directory, model or {})
     args = _args(stored, directory, model or {})
     config, notes = config_of(args, model or {})
     entries = _entries(directory, stored, config.model, optimizer)
@@ -115,10 +116,6 @@ def _iteration(source: Path) -> Path:
     if not (source / name).is_dir():
         raise CheckpointError(f"{source / name} is missing", f"{LATEST} names it", "name another iteration by --input")
     return source / name
-
-
-def _read(directory: Path) -> Stored:
-    return read_torch_dist(directory)
 
 
 def _args(stored: Stored, directory: Path, model: Mapping[str, Any]) -> dict[str, Any]:

@@ -79,6 +79,14 @@ PLACES: dict[str, tuple[Place, ...]] = {
 }
 """Our module -> where it may stand, by Megatron-core's spec (Transformer Engine's or local) and version."""
 
+GATED = ".mlp.linear_fc1."
+"""Of the tensors that hold gate and up with SwiGLU."""
+_SPLIT = {
+    0: (r"embedding\.word_embeddings\.weight", r"output_layer\.weight", r".*\.linear_(qkv|fc1)\.(weight|bias)"),
+    1: (r".*\.linear_(proj|fc2)\.weight",),
+}
+"""Dim -> the tensors that tensor-parallel ranks split along it."""
+
 IGNORED = ("._extra_state",)
 """Endings of what holds no weights."""
 
@@ -97,3 +105,8 @@ def find(name: str, keys: Container[str]) -> tuple[str, Rows]:
 def unknown(keys: Iterable[str], used: Container[str]) -> list[str]:
     """Those of a model's keys that no canonical tensor stands under."""
     return [key for key in keys if key not in used and not key.endswith(IGNORED)]
+
+
+def split_dim(key: str) -> int | None:
+    """The dim of a tensor that tensor-parallel ranks share out; None where each has all of it."""
+    return next((dim for dim, keys in _SPLIT.items() for pattern in keys if re.fullmatch(pattern, key)), None)

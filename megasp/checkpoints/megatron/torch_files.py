@@ -42,8 +42,11 @@ def _record(name: str) -> type[Record]:
     return type(name.rpartition(".")[2], (Record,), {})
 
 
-RECORDS = ("argparse.Namespace", "types.SimpleNamespace", "signal.Signals", "pathlib.", "io.BytesIO", "torch.device")
-RECORD_FAMILIES = ("megatron.", "numpy.", "transformer_engine.", "torch.distributed.checkpoint.")
+RECORDS = (
+    "argparse.Namespace", "types.SimpleNamespace", "signal.Signals", "io.BytesIO", "torch.device", "torch.Tensor",
+    "torch.nn.parameter.Parameter",
+)  # fmt: skip
+RECORD_FAMILIES = ("megatron.", "numpy.", "pathlib.", "transformer_engine.", "torch.distributed.checkpoint.")
 """Names, and beginnings of names, that stand for records. None of these modules is imported."""
 
 _DTYPES = {
@@ -74,6 +77,8 @@ ALLOWED: dict[str, Any] = {
     "torch.serialization._get_layout": lambda name: name,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+    "torch._tensor._rebuild_from_type_v2": lambda function, kind, arguments, state: _tensor(*arguments),
     **{f"torch.{name}": dtype for name, dtype in _DTYPES.items()},
     **{f"torch.{name}": dtype for name, dtype in _STORAGES.items()},
 }
@@ -99,7 +104,7 @@ class _Unpickler(pickle.Unpickler):
         full = f"{module}.{name}"
         if full in ALLOWED:
             return ALLOWED[full]
-        if full.startswith((*RECORDS, *RECORD_FAMILIES)):
+        if full in RECORDS or full.startswith(RECORD_FAMILIES):
             return _record(full)
         raise _Refused(full)
 

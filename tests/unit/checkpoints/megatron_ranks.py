@@ -16,7 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-VOCAB, SEQ, BATCH, SAVED_AT, STEPS = 250, 16, 4, 2, 4
+from megasp.data import IndexedDataset, IndexedDatasetBuilder
+from megasp.data.megatron_order import MegatronDataset
+
+VOCAB, SEQ, BATCH, SAVED_AT, STEPS, SEED = 250, 16, 4, 2, 4, 7
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +53,28 @@ CASES = (
 )
 
 
-def tokens_of(step: int) -> torch.Tensor:
-    """The samples of one step, [BATCH, SEQ + 1]."""
-    return torch.from_numpy(np.random.RandomState(step).randint(0, VOCAB, (BATCH, SEQ + 1)))
+def write_corpus(prefix: Path) -> str:
+    random = np.random.default_rng(0)
+    with IndexedDatasetBuilder(prefix, np.uint16) as made:
+        for length in random.integers(5, 60, 60):
+            made.add_document(random.integers(0, VOCAB, length))
+    return str(prefix)
 
 
-def write_all(root: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Write `root/NAME` for each case. Returns what each trained, by name."""
+def samples(corpus: str) -> MegatronDataset:
+    """Those of the run, in Megatron-LM's order."""
+    return MegatronDataset(IndexedDataset(corpus), (0, 60), SEQ, SEED, STEPS * BATCH)
+
+
+def probe() -> torch.Tensor:
+    """Tokens to compare logits on, [BATCH, SEQ]."""
+    return torch.from_numpy(np.random.RandomState(0).randint(0, VOCAB, (BATCH, SEQ)))
+
+
+def write_all(root: Path, corpus: str, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Write `root/NAME` for each case. Returns what each trained and holds on this rank, by name."""
     patch_cuda()
-    return {case.name: write(root / case.name, case) for case in CASES if case.name in names}
+    return {case.name: write(root / case.name, case, corpus) for case in CASES if case.name in names}
 
 
 def patch_cuda() -> None:
@@ -89,7 +106,7 @@ def patch_cuda() -> None:
     random.CudaRNGStatesTracker.fork = lambda self, *a, **k: contextlib.nullcontext()
 
 
-def arguments(case: Case) -> argparse.Namespace:
+def arguments(case: Case, corpus: str) -> argparse.Namespace:
     """What Megatron-LM keeps of a run's flags in its checkpoints."""
     shape = {
         "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "kv_channels": 8, "max_position_embeddings": SEQ,
@@ -109,12 +126,12 @@ def arguments(case: Case) -> argparse.Namespace:
     }  # fmt: skip
     run = {
         "tensor_model_parallel_size": case.tp, "pipeline_model_parallel_size": case.pp, "micro_batch_size": 1,
-        "global_batch_size": BATCH, "train_iters": STEPS, "train_samples": None, "seed": 7, "lr": 1e-2, "min_lr": 1e-3,
+        "global_batch_size": BATCH, "train_iters": STEPS, "train_samples": None, "seed": SEED, "lr": 1e-2, "min_lr": 1e-3,
         "lr_decay_style": "linear", "lr_decay_iters": None, "lr_warmup_iters": 0, "weight_decay": 0.1,
         "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-8, "clip_grad": 1.0, "bf16": case.bf16, "fp16": False,
         "params_dtype": torch.bfloat16 if case.bf16 else torch.float32, "iteration": 0, "consumed_train_samples": 0,
-        "tokenizer_type": "NullTokenizer", "data_path": None, "mock_data": True, "rampup_batch_size": None,
-        "optimizer": "adam", "split": "1,0,0", "eval_iters": 0, "lr_decay_samples": None,
+        "tokenizer_type": "NullTokenizer", "data_path": [corpus], "rampup_batch_size": None,
+        "optimizer": "adam", "split": "1", "eval_iters": 0, "lr_decay_samples": None,
         "use_distributed_optimizer": case.sharding is not None,
     }  # fmt: skip
     from megatron.core.enums import ModelType
@@ -126,7 +143,6 @@ def arguments(case: Case) -> argparse.Namespace:
 
 def build(case: Case, args: argparse.Namespace) -> tuple[Any, Any]:
     from megatron.core import parallel_state as ps
-    from megatron.core.fusions.fused_bias_geglu import geglu  # noqa: F401
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
@@ -161,7 +177,7 @@ def build(case: Case, args: argparse.Namespace) -> tuple[Any, Any]:
     return config, model
 
 
-def write(folder: Path, case: Case) -> dict[str, Any]:
+def write(folder: Path, case: Case, corpus: str) -> dict[str, Any]:
     from megatron.core import parallel_state as ps
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -170,12 +186,11 @@ def write(folder: Path, case: Case) -> dict[str, Any]:
     )
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: F401
     from megatron.core.transformer.module import Float16Module
 
     ps.initialize_model_parallel(case.tp, case.pp)
     torch.manual_seed(3)
-    args = arguments(case)
+    args, data = arguments(case, corpus), samples(corpus)
     config, bare = build(case, args)
     model = DistributedDataParallel(
         config,
@@ -203,7 +218,8 @@ def write(folder: Path, case: Case) -> dict[str, Any]:
     def step(number: int) -> None:
         model.zero_grad_buffer()
         optimizer.zero_grad()
-        share = tokens_of(number).chunk(ps.get_data_parallel_world_size())[ps.get_data_parallel_rank()]
+        rows = [data.sample(number * BATCH + row).tokens(0, SEQ + 1).astype(np.int64) for row in range(BATCH)]
+        share = torch.from_numpy(np.stack(rows)).chunk(ps.get_data_parallel_world_size())[ps.get_data_parallel_rank()]
         out = schedule(
             forward_step_func=forward, data_iterator=iter(share), model=[model], num_microbatches=len(share),
             seq_length=SEQ, micro_batch_size=1, forward_only=False,
@@ -221,17 +237,37 @@ def write(folder: Path, case: Case) -> dict[str, Any]:
     args.iteration, args.consumed_train_samples = SAVED_AT, SAVED_AT * BATCH
     save(folder, case, args, bare, optimizer)
     logits = logits_of(bare) if case.pp == 1 else None
+    state = state_of(bare, optimizer, case)
     for number in range(SAVED_AT, STEPS):
         step(number)
     ps.destroy_model_parallel()
-    return {"losses": losses, "logits": logits}
+    return {"losses": losses, "logits": logits, "state": state}
+
+
+def state_of(model: Any, optimizer: Any, case: Case) -> dict[str, dict[str, Any]]:
+    """This rank's fp32 weights and moments, by kind and by the name of the parameter."""
+    found: dict[str, dict[str, Any]] = {"model": {}, "exp_avg": {}, "exp_avg_sq": {}}
+    inner = optimizer.chained_optimizers[0] if hasattr(optimizer, "chained_optimizers") else optimizer
+    flat = inner.get_parameter_state_dp_zero(return_on_all_ranks=True) if case.sharding else None
+    for name, parameter in model.named_parameters():
+        if flat is not None:
+            start, stop, _ = inner.buffers[0].param_index_map[parameter]
+            (buffer,) = flat[0].values()
+            tensors = {kind: buffer[kind][start:stop].view(parameter.shape) for kind in ("param", *MOMENTS)}
+            tensors["model"] = tensors.pop("param")
+        else:
+            master = parameter.main_param if case.bf16 else parameter
+            tensors = {"model": master.data, **inner.optimizer.state[master]}
+        for kind in found:
+            found[kind][name] = tensors[kind].detach().numpy().copy()
+    return found
 
 
 @torch.no_grad()
 def logits_of(model: Any) -> Any:
     from megatron.core import parallel_state as ps
 
-    out = model(tokens_of(99)[:, :-1], torch.arange(SEQ)[None].expand(BATCH, SEQ), None).contiguous().float()
+    out = model(probe(), torch.arange(SEQ)[None].expand(BATCH, SEQ), None).contiguous().float()
     parts = [torch.empty_like(out) for _ in range(ps.get_tensor_model_parallel_world_size())]
     dist.all_gather(parts, out, ps.get_tensor_model_parallel_group())
     return torch.cat(parts, -1).numpy()
