@@ -118,7 +118,7 @@ def config_of(args: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[Config
         values.pop("train_iters", None)  # it is computed from it
     if values.get("data_path") or values.get("train_data_path"):
         values["data_order"] = "megatron"
-    values |= _vocabulary(args) | model
+    values |= {**_vocabulary(args), **model}
     config = Config(**{name: build(group, values) for name, group in GROUPS.items()})
     if config.model.num_query_groups and not config.model.group_query_attention:
         config = replace(config, model=replace(config.model, group_query_attention=True))

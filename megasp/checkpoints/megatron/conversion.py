@@ -1,4 +1,4 @@
-"""A checkpoint of Megatron-LM's as ours: weights, fp32 masters, moments, step, samples and settings, a tensor at a time.
+"""A checkpoint of Megatron-LM's as ours: weights, moments, step, samples and settings, a tensor at a time.
 
     find       iter_0000100, by latest_checkpointed_iteration.txt
     read       names and boxes of its tensors, its settings; nothing of it is run
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from megasp import __version__, log
+from megasp import __version__
 from megasp.checkpoints.hf_reader import canonical_shapes
 from megasp.checkpoints.manifest import directory_name
 from megasp.checkpoints.megatron.names import find, unknown
@@ -154,7 +154,7 @@ def _entries(directory: Path, stored: Stored, model: ModelConfig, optimizer: boo
 
 
 def _by_kind(stored: Stored) -> dict[str, dict[str, Source]]:
-    """"weights", or a kind of the optimizer's state -> its tensors, by the key of their weight."""
+    """ "weights", or a kind of the optimizer's state -> its tensors, by the key of their weight."""
     kinds: dict[str, dict[str, Source]] = defaultdict(dict)
     for key, source in stored.sources.items():
         match = _OPTIMIZER.fullmatch(key)
@@ -175,7 +175,9 @@ def _check_optimizer(directory: Path, stored: Stored, kinds: Mapping[str, Mappin
     missing = [kind for kind in MOMENTS if kind not in kinds]
     if missing:
         rule = "going on with a run needs AdamW's moments"
-        raise CheckpointError(f"{directory} has no {missing[0]}", rule, f"save without --no-save-optim, {weights_alone}")
+        raise CheckpointError(
+            f"{directory} has no {missing[0]}", rule, f"save without --no-save-optim, {weights_alone}"
+        )
     narrow = [source for source in kinds["weights"].values() if source.dtype != torch.float32]
     if narrow and not any(kind in kinds for kind in MASTERS):
         rule = f"{narrow[0].key} is {narrow[0].dtype}, and going on with a run needs its fp32 masters"

@@ -1,8 +1,8 @@
 """Where each canonical tensor stands in Megatron-core's: one table for all its GPT models.
 
-    ours                     theirs, the first that a checkpoint has
-    layers.3.attention.q     rows of decoder.layers.3.self_attention.linear_qkv
-    layers.3.mlp.gate        decoder.layers.3.mlp.linear_fc1 (..._w where it is split), first half
+ours                     theirs, the first that a checkpoint has
+layers.3.attention.q     rows of decoder.layers.3.self_attention.linear_qkv
+layers.3.mlp.gate        decoder.layers.3.mlp.linear_fc1 (..._w where it is split), first half
 """
 
 import re

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -145,10 +145,8 @@ def read_torch(path: Path, stop: int | None = None) -> Any:
 def _read_torch(path: Path, stop: int) -> Any:
     with path.open("rb") as file:
         content = mmap.mmap(file.fileno(), stop, access=mmap.ACCESS_COPY)
-    members = {  # a zip is read from its end, so what stands before it does not matter
-        info.filename.partition("/")[2]: info
-        for info in zipfile.ZipFile(content).infolist()  # type: ignore[arg-type]
-    }
+    archive = zipfile.ZipFile(cast("IO[bytes]", content))  # read from its end, so what stands before does not matter
+    members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
 
     def place(name: str) -> tuple[int, int]:
         """Where the bytes of a member begin, and their number."""

@@ -7,6 +7,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import queue
 from pathlib import Path
@@ -83,13 +84,7 @@ def patch_cuda() -> None:
     cuda: Any = torch.cuda
     cuda.current_device, cuda.synchronize = (lambda: torch.device("cpu")), (lambda *a, **k: None)
     for name in ("zeros", "ones", "empty", "tensor"):
-
-        def on_cpu(*args: Any, made: Any = getattr(torch, name), **kwargs: Any) -> Any:
-            if str(kwargs.get("device")).startswith("cuda"):
-                kwargs["device"] = "cpu"
-            return made(*args, **kwargs)
-
-        setattr(torch, name, on_cpu)
+        setattr(torch, name, functools.partial(_on_cpu, getattr(torch, name)))
     plain = torch.Tensor.type
 
     def cuda_type(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -104,6 +99,12 @@ def patch_cuda() -> None:
     results: queue.Queue[Any] = queue.Queue()  # in this process, instead of in a server of its own
     filesystem_async._get_write_results_queue = lambda: results
     random.CudaRNGStatesTracker.fork = lambda self, *a, **k: contextlib.nullcontext()
+
+
+def _on_cpu(made: Any, *args: Any, **kwargs: Any) -> Any:
+    if str(kwargs.get("device")).startswith("cuda"):
+        kwargs["device"] = "cpu"
+    return made(*args, **kwargs)
 
 
 def arguments(case: Case, corpus: str) -> argparse.Namespace:
@@ -126,8 +127,8 @@ def arguments(case: Case, corpus: str) -> argparse.Namespace:
     }  # fmt: skip
     run = {
         "tensor_model_parallel_size": case.tp, "pipeline_model_parallel_size": case.pp, "micro_batch_size": 1,
-        "global_batch_size": BATCH, "train_iters": STEPS, "train_samples": None, "seed": SEED, "lr": 1e-2, "min_lr": 1e-3,
-        "lr_decay_style": "linear", "lr_decay_iters": None, "lr_warmup_iters": 0, "weight_decay": 0.1,
+        "global_batch_size": BATCH, "train_iters": STEPS, "train_samples": None, "seed": SEED, "lr": 1e-2,
+        "min_lr": 1e-3, "lr_decay_style": "linear", "lr_decay_iters": None, "lr_warmup_iters": 0, "weight_decay": 0.1,
         "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-8, "clip_grad": 1.0, "bf16": case.bf16, "fp16": False,
         "params_dtype": torch.bfloat16 if case.bf16 else torch.float32, "iteration": 0, "consumed_train_samples": 0,
         "tokenizer_type": "NullTokenizer", "data_path": [corpus], "rampup_batch_size": None,
