@@ -28,7 +28,7 @@ COMMANDS = {
     "checkpoint verify": ("megasp.checkpoints.verify", "read every byte of checkpoints, and name what is damaged"),
     "convert from-hf": ("megasp.checkpoints.convert_from_hf", "a Hugging Face model as a checkpoint"),
     "convert from-megatron": (
-        "megasp.checkpoints.convert_from_megatron",
+        "megasp.checkpoints.megatron.command",
         "a checkpoint of Megatron-LM's as ours, to go on with its run",
     ),
     "memory": ("megasp.memory", "what each rank will hold in memory, by component"),

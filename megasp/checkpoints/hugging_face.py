@@ -118,10 +118,8 @@ def from_hf(source: Path | str, save: Path | str, dtype: str | None = None, shar
         entries.append(Entry(name, torch_dtype, tensor.shape, partial(_read, reader, own, torch_dtype)))
     with appearing(root, "--save") as folder:
         (folder / CARRIED).mkdir()
-        data = {}
-        if carry(source, folder / CARRIED):
-            data = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(root / CARRIED)}
-        else:
+        data = carry(source, folder / CARRIED, root / CARRIED)
+        if not data:
             log.info(f"{source} has no tokenizer.json: give --tokenizer-model where one is needed")
         config = Config(model=model, data=build(DataConfig, data))
         dtypes = {entry.dtype for entry in entries}

@@ -5,8 +5,8 @@ and which settings change what a model computes and are served with some values 
 """
 
 import typing
-from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 from megasp.config.flags import build
@@ -22,8 +22,12 @@ GROUPS: dict[str, type] = {
 }
 """What a run takes over. Its layout, checkpoints and logging are chosen anew."""
 
-OWN = ("attention_backend", "exit_interval", "exit_duration_in_mins", "num_workers", "num_query_groups", "vocab_size")
-"""Fields of these groups that are of this machine alone, or that are set by rules below."""
+OWN = (
+    "attention_backend", "exit_interval", "exit_duration_in_mins", "num_workers", "num_query_groups", "vocab_size",
+    "make_vocab_size_divisible_by", "rotary_scaling", "rotary_scaling_factor", "original_max_position_embeddings",
+)  # fmt: skip
+"""Fields of these groups that are of a machine alone, that rules below set, or whose names mean something else there
+(of latent attention)."""
 
 SERVED: dict[str, tuple[Any, ...]] = {
     "num_experts": (None,),
@@ -31,6 +35,7 @@ SERVED: dict[str, tuple[Any, ...]] = {
     "mtp_num_layers": (None, 0),
     "heterogeneous_layers_config_path": (None,),
     "hybrid_override_pattern": (None,),
+    "is_hybrid_model": (False,),
     "experimental_attention_variant": (None,),
     "linear_attention_type": (None,),
     "apply_layernorm_1p": (False,),
@@ -47,8 +52,6 @@ SERVED: dict[str, tuple[Any, ...]] = {
     "window_attn_skip_freq": (None,),
     "position_embedding_type": ("learned_absolute", "rope", "none"),
     "normalization": ("LayerNorm", "RMSNorm"),
-    "optimizer": ("adam",),
-    "decoupled_lr": (None,),
 }
 """Setting -> its values that megasp computes; one that is missing is served."""
 
@@ -78,34 +81,34 @@ NOT_CARRIED = {
     "lr_decay_samples": "--lr-decay-iters",
     "lr_warmup_samples": "--lr-warmup-iters",
     "lr_wsd_decay_samples": "--lr-wsd-decay-iters",
-    "start_weight_decay": "--weight-decay",
+    "lr_decay_style": "--lr-decay-style",
+    "optimizer": "nothing, for AdamW is the optimizer here",
+    "weight_decay_incr_style": "a constant --weight-decay",
+    "decoupled_lr": "one --lr for all weights",
     "data_args_path": "--data-path",
     "per_split_data_args_path": "--train-data-path",
-    "tokenizer_type": "--tokenizer-type",
-    "lr_decay_style": "--lr-decay-style",
+    "tokenizer_type": "--tokenizer-type and what it needs",
 }
-"""Settings of training that may not have been taken over -> the flags to say them by."""
+"""Settings of training that may not be taken over -> what to give instead."""
+_NOTHING = {"lr_warmup_samples": (0,), "weight_decay_incr_style": ("constant",)}
+"""Their values that ask for nothing (None never does)."""
 
 
-def config_of(args: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[Config, list[str]]:
-    """The configuration of a run, and what the user must say himself.
+def config_of(args: Mapping[str, Any], model: Mapping[str, Any], rows: int) -> tuple[Config, list[str]]:
+    """The configuration of a run, and what of its settings is not in it.
 
     Args:
         args: of the checkpoint; nothing where it keeps none.
+        rows: of its embedding.
         model: fields of `ModelConfig` that the user gave; they win.
     Raises:
         CheckpointError: a model that megasp does not compute.
     """
     for name, served in SERVED.items():
         if args.get(name) is not None and args[name] not in served:
-            raise _unserved(name, args[name], f"megasp serves {' or '.join(map(str, served))}")
-    values: dict[str, Any] = {}
-    for group in GROUPS.values():
-        hints = typing.get_type_hints(group)
-        for field in fields(group):
-            value = args.get(field.name)
-            if value is not None and field.name not in OWN and _fits(value, hints[field.name], field.metadata):
-                values[field.name] = _plain(value, hints[field.name])
+            values_served = " or ".join("unset" if value is None else str(value) for value in served)
+            raise _unserved(name, args[name], f"megasp computes models with it {values_served}")
+    values = dict(_same_names(args))
     for name, rule in RULES:
         if args.get(name) is not None:
             values.pop(name, None)
@@ -118,20 +121,39 @@ def config_of(args: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[Config
         values.pop("train_iters", None)  # it is computed from it
     if values.get("data_path") or values.get("train_data_path"):
         values["data_order"] = "megatron"
-    values |= {**_vocabulary(args), **model}
+    if values.get("reset_position_ids") or values.get("reset_attention_mask"):
+        values["eod_starts_document"] = True  # its only rule
+    values |= {**_vocabulary(args, rows), **model}
+    if values.get("num_query_groups"):
+        values["group_query_attention"] = True
     config = Config(**{name: build(group, values) for name, group in GROUPS.items()})
-    if config.model.num_query_groups and not config.model.group_query_attention:
-        config = replace(config, model=replace(config.model, group_query_attention=True))
-    taken = {name for name in values if values[name] == args.get(name)}
-    notes = [f"{name} {args[name]}" for name in NOT_CARRIED if args.get(name) not in (None, "") and name not in taken]
-    return config, [f"{note} is not taken over: give {NOT_CARRIED[note.split()[0]]}" for note in notes]
+    return config, list(_notes(args, values))
 
 
-def _vocabulary(args: Mapping[str, Any]) -> dict[str, Any]:
+def _same_names(args: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Settings that are called the same here, and fit."""
+    for group in GROUPS.values():
+        hints = typing.get_type_hints(group)
+        for field in fields(group):
+            value, hint = args.get(field.name), hints[field.name]
+            if value is not None and field.name not in OWN and _fits(value, hint, field.metadata["choices"]):
+                yield field.name, _plain(value, hint)
+
+
+def _notes(args: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
+    """What of a run's settings differs here, in words."""
+    for name, instead in NOT_CARRIED.items():
+        given = args.get(name)
+        if given is not None and given not in _NOTHING.get(name, ()) and values.get(name) != given:
+            yield f"{name} {given} is not taken over: give {instead}"
+    gelu = not values.get("swiglu") and not values.get("squared_relu")
+    if gelu and args.get("bias_gelu_fusion") is False and not args.get("openai_gelu"):
+        yield "bias_gelu_fusion False: GELU was in its erf form there, and is in its tanh form here (up to 5e-4 away)"
+
+
+def _vocabulary(args: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """The vocabulary, so that it is padded as it was: there to a multiple that grows with the tensor-parallel size."""
-    padded, vocab = args.get("padded_vocab_size"), args.get("vocab_size")
-    if padded is None:
-        return {} if vocab is None else {"vocab_size": vocab}
+    padded, vocab = args.get("padded_vocab_size") or rows, args.get("vocab_size")
     ids = {}
     if vocab is not None and args.get("tokenizer_type") == "NullTokenizer":
         ids, vocab = {"tokenizer_model": str(vocab)}, vocab + 1  # its end-of-document token
@@ -141,22 +163,24 @@ def _vocabulary(args: Mapping[str, Any]) -> dict[str, Any]:
     return ids | {"vocab_size": vocab, "make_vocab_size_divisible_by": multiple}
 
 
-def _fits(value: Any, hint: Any, metadata: Mapping[str, Any]) -> bool:
+def _fits(value: Any, hint: Any, choices: Collection[Any] | None) -> bool:
     """Whether a setting has the type of our field of that name, and one of its values."""
     kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if kind not in (type(None), Ellipsis)]
     if typing.get_origin(hint) is tuple:
-        items = value if isinstance(value, list | tuple) else None
-        return items is not None and all(isinstance(item, str | int | float) for item in items)
-    numbers = isinstance(value, int) and not isinstance(value, bool) and float in kinds
-    right = any(type(value) is kind for kind in kinds) or numbers
-    return right and (metadata.get("choices") is None or value in metadata["choices"])
+        return isinstance(value, list | tuple) and all(isinstance(item, str | int | float) for item in value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float in kinds or (int in kinds and value == int(value))
+    return type(value) in kinds and (choices is None or value in choices)
 
 
 def _plain(value: Any, hint: Any) -> Any:
     """The value in the type of its field."""
-    if isinstance(value, list):
-        return tuple(value)
-    return float(value) if float in (hint, *typing.get_args(hint)) else value
+    kinds = typing.get_args(hint) or (hint,)
+    if isinstance(value, list | tuple):
+        return tuple(kinds[0](item) for item in value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value) if float in kinds else int(value)
+    return value
 
 
 def _unserved(name: str, value: Any, rule: str) -> CheckpointError:

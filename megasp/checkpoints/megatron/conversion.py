@@ -37,6 +37,7 @@ LATEST = "latest_checkpointed_iteration.txt"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTERS = ("param", "fp32_param")
 """Names of the fp32 masters: by the distributed optimizer since megatron-core 0.14, and by all others."""
+EMBEDDING = "embedding.word_embeddings.weight"
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+?)\.(?!\d)(.+)")
@@ -79,7 +80,8 @@ def from_megatron(
     directory, root = _iteration(Path(source)), Path(save)
     stored = read_torch_dist(directory) if (directory / CONFIG).is_file() else read_rank_files(directory, model or {})
     args = _args(stored, directory, model or {})
-    config, notes = config_of(args, model or {})
+    embedding = stored.sources.get(EMBEDDING)
+    config, notes = config_of(args, model or {}, embedding.shape[0] if embedding else 0)
     entries = _entries(directory, stored, config.model, optimizer)
     step = int(stored.common.get("iteration") or args.get("iteration") or 0)
     consumed = args.get("consumed_train_samples") if samples is None else samples
@@ -170,7 +172,8 @@ def _check_optimizer(directory: Path, stored: Stored, kinds: Mapping[str, Mappin
     weights_alone = "or convert the weights alone by --no-load-optim"
     if any(map(_BUCKETS.match, (*stored.sources, *stored.objects))):
         rule = "it holds buffers whose order depends on the layout that wrote them"
-        fix = f"load it in Megatron-LM, save once more with --dist-ckpt-optim-fully-reshardable, {weights_alone}"
+        again = "--ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable"
+        fix = f"load it in Megatron-LM and save once more with {again}, {weights_alone}"
         raise CheckpointError(f"the optimizer's state in {directory} is not by parameter", rule, fix)
     missing = [kind for kind in MOMENTS if kind not in kinds]
     if missing:

@@ -66,8 +66,8 @@ def read_rank_files(directory: Path, given: Mapping[str, Any]) -> Stored:
         for key in states[0]:
             name = f"optimizer.state.{kind}.{key}" if kind else key
             sources[name] = _source(name, [state[key] for state in states], split_dim(key), gated and GATED in key)
-    flat = (directory / next(directory.glob("mp_rank_*")).name / "distrib_optim.pt").exists()
-    return Stored(sources, common, ("optimizer.distributed.param_state",) if flat else ())
+    flat = any(directory.glob("mp_rank_*/distrib_optim.pt"))
+    return Stored(sources, common, ("optimizer.distributed.dp_group_idx_0.param_state",) if flat else ())
 
 
 def _whole_depth(directory: Path, stages: Sequence[Mapping[str, Any]], tied: bool) -> dict[str, State]:

@@ -80,7 +80,7 @@ def _sources(directory: Path, metadata: Any) -> Iterator[Source]:
             if getattr(place, "transform_descriptors", None):
                 raise ValueError(f"{key} is stored by {place.transform_descriptors}")
             file = _inside(directory, place.relative_path)
-            read = partial(_read, file, place.offset + place.length, key)
+            read = partial(_read, file, place.offset, place.offset + place.length, key)
             parts.append(Part(Box(tuple(chunk.offsets), tuple(chunk.sizes)), read))
         global_shape = whole.get(key, {}).get("nd_reformulated_orig_global_shape")
         if global_shape is not None:
@@ -94,8 +94,8 @@ def _inside(directory: Path, name: str) -> Path:
     return directory / name
 
 
-def _read(file: Path, stop: int, key: str) -> Tensor:
-    tensor = read_torch(file, stop)
+def _read(file: Path, start: int, stop: int, key: str) -> Tensor:
+    tensor = read_torch(file, start, stop)
     if not isinstance(tensor, Tensor):
         raise CheckpointError(f"{file} holds no tensor where {key} is", "its metadata says that it does", WRITE_AGAIN)
     return tensor

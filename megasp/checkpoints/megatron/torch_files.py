@@ -131,20 +131,22 @@ def read_pickle(path: Path) -> Any:
     return _guarded(path, lambda: _Unpickler(path.read_bytes()).load())
 
 
-def read_torch(path: Path, stop: int | None = None) -> Any:
+def read_torch(path: Path, start: int = 0, stop: int | None = None) -> Any:
     """The object that `torch.save` wrote. Its tensors lie in a mapping of the file: copy what is kept.
 
     Args:
-        stop: where the object's bytes end in the file, which may hold others before and behind it; its end without.
+        start, stop: where the object's bytes are in the file, which may hold others before and behind it; all of it
+            without.
     Raises:
         CheckpointError: it cannot be read, is damaged, or names what is not allowed.
     """
-    return _guarded(path, lambda: _read_torch(path, stop or path.stat().st_size))
+    return _guarded(path, lambda: _read_torch(path, start, stop or path.stat().st_size))
 
 
-def _read_torch(path: Path, stop: int) -> Any:
+def _read_torch(path: Path, start: int, stop: int) -> Any:
+    first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     with path.open("rb") as file:
-        content = mmap.mmap(file.fileno(), stop, access=mmap.ACCESS_COPY)
+        content = mmap.mmap(file.fileno(), stop - first, access=mmap.ACCESS_COPY, offset=first)
     archive = zipfile.ZipFile(cast("IO[bytes]", content))  # read from its end, so what stands before does not matter
     members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
 
@@ -156,7 +158,7 @@ def _read_torch(path: Path, stop: int) -> Any:
         header = info.header_offset
         lengths = (int.from_bytes(content[header + at : header + at + 2], "little") for at in (26, 28))
         start = header + 30 + sum(lengths)
-        if start + info.file_size > stop:
+        if start + info.file_size > len(content):
             raise ValueError(f"{name} is cut off")
         return start, info.file_size
 
