@@ -193,6 +193,15 @@ def test_training_goes_on_in_another_layout(
     np.testing.assert_allclose(losses(tmp_path), written.of(BY_NAME["gpt2-dp2"])[0]["losses"][SAVED_AT:], rtol=2e-5)
 
 
+def test_another_order_of_samples_is_said(
+    converted: Callable[[str], Converted], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = converted("gpt2-dp2").directory.parent
+    train(f"--config {root}/config.yaml --load {root} --save {tmp_path} --num-workers 0 --data-order keyed")
+    assert "in Megatron-LM's order, and all data begins anew: --data-order megatron" in capsys.readouterr().out
+    assert len(losses(tmp_path)) == STEPS - SAVED_AT
+
+
 # Refusals
 
 
@@ -322,7 +331,10 @@ BAD: dict[str, tuple[Change, str]] = {
         _without("optimizer.state.exp_avg_sq.decoder.final_layernorm.weight"),
         r"has no tensor exp_avg_sq of decoder.final_layernorm.weight",
     ),
-    "experts": (_common(num_experts=8), r"model has num_experts 8: megasp serves None; this model cannot be converted"),
+    "experts": (
+        _common(num_experts=8),
+        r"model has num_experts 8: megasp computes models with it unset; this model cannot",
+    ),
     "latent attention": (_common(multi_latent_attention=True), r"has multi_latent_attention True"),
     "a router": (_extra, r"has a tensor decoder.layers.0.mlp.router.weight: .*only dense GPT models convert"),
     "another width": (
