@@ -51,6 +51,11 @@ def main(argv: Sequence[str], prog: str) -> int:
         log.warning(note)
     log.info("next:")
     log.info(f"  megasp checkpoint inspect {options.save}")
+    if done.step == 0:
+        log.info(
+            f"  torchrun ... pretrain_gpt.py --config {options.save}/config.yaml --load {options.save} --finetune ..."
+        )
+        return 0
     fresh = " --no-load-optim" if options.no_load_optim else ""
     log.info(
         f"  torchrun ... pretrain_gpt.py --config {options.save}/config.yaml --load {options.save} "
