@@ -26,7 +26,7 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
         device: "cpu" or "cuda", where it will run.
     """
     check_ranges(config)
-    _model(config)
+    check_model(config)
     layout = layout_of(config, world_size)
     check_splits(config, layout)
     check_sharding(config)
@@ -40,7 +40,8 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
     return layout
 
 
-def _model(config: Config) -> None:
+def check_model(config: Config) -> None:
+    """Refuse a model whose sizes do not go together."""
     model = config.model
     heads, kv_heads = model.num_attention_heads, model.kv_heads
     if model.kv_channels is None and model.hidden_size % heads:
