@@ -73,6 +73,16 @@ def use_loopback() -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
 
 
+def leave(failed: bool) -> None:
+    """Leave the process group, at the end of a run or because it failed.
+
+    A rank that failed leaves NCCL's to the end of its process: destroying it waits for collectives in which the other
+    ranks wait for this one, and hides the error until the time limit.
+    """
+    if dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
+        dist.destroy_process_group()
+
+
 def inherit_timeout(groups: Iterable[dist.ProcessGroup], device: torch.device) -> None:
     """Give groups the world's timeout; PyTorch gives new ones its own default. (Its private names stand here alone.)"""
     if dist.get_backend() not in ("gloo", "nccl"):

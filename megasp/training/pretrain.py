@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megasp import checkpoints, log, parallel_state
 from megasp.config.context_parallel import split_context
@@ -24,6 +23,7 @@ from megasp.errors import CheckpointError, DataError
 from megasp.model.flops import flops_per_token, parameter_count
 from megasp.pipeline import trace
 from megasp.pipeline.schedules import placement
+from megasp.process_group import leave
 from megasp.training import communication, resume
 from megasp.training.build import Training, build
 from megasp.training.datasets import (
@@ -64,9 +64,10 @@ def main(argv: Sequence[str], prog: str) -> int:
     )
     try:
         pretrain(build(config, parallel_state.build(layout, device)))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except BaseException:
+        leave(failed=True)
+        raise
+    leave(failed=False)
     return 0
 
 

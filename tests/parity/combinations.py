@@ -157,6 +157,13 @@ class Combination:
         return BASE | self.what | axes | self.how | PRECISIONS[self.precision][0]
 
     @property
+    def said(self) -> str:
+        """What differs from the plainest values, to run it again by hand."""
+        plain = {name: each.values[0] for table in (WHAT, HOW) for name, each in table.items()}
+        options = {k: v for k, v in (self.what | self.how).items() if k not in plain or plain[k] != v}
+        return f"{self.precision} on {self.layout.name}: {options} {self.sizes}"
+
+    @property
     def plain(self) -> Config:
         """The same training in one process, with no option."""
         return resolve(from_values(BASE | self.what | PRECISIONS[self.precision][0]))
