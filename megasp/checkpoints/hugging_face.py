@@ -7,10 +7,8 @@ What a family is stands in `megasp.config.hf_families`. Written for transformers
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -38,6 +36,7 @@ from megasp.checkpoints.manifest import (
 from megasp.checkpoints.reader import CheckpointReader, saved_model
 from megasp.checkpoints.safetensors_file import DTYPE_NAMES, Entry, StoredFile
 from megasp.checkpoints.safetensors_file import DTYPES as STORED_DTYPES
+from megasp.checkpoints.writer import sync_directory, write_text
 from megasp.config.flags import build
 from megasp.config.hf_config import family_of, write
 from megasp.config.hf_families import FAMILIES
@@ -100,7 +99,7 @@ def to_hf(
         if not (folder / GENERATION).is_file():
             _write_json(folder / GENERATION, {"_from_model_config": True} | ids)
         entries = [Entry(t.key, torch_dtype, t.shape, partial(_read, reader, t, torch_dtype)) for t in stacked]
-        files = _write_files(folder, _split(entries, shard_bytes))
+        files = _write_files(folder, _split(entries, shard_bytes), hashed=False)
         if len(files) > 1:
             weight_map = {key: file for file, (part, _) in files.items() for key in part}
             total = sum(entry.nbytes for entry in entries)
@@ -157,8 +156,9 @@ def from_hf(source: Path | str, save: Path | str, dtype: str | None = None, shar
         }
         files = {file: stored for file, (_, stored) in written.items()}
         text = Manifest(0, manifest.layout, metadata, tensors, files).to_json()
-        (directory / MANIFEST).write_text(text)
-        (folder / LATEST).write_text(directory.name + "\n")
+        write_text(directory / MANIFEST, text)
+        write_text(folder / LATEST, directory.name + "\n")
+        sync_directory(directory)
     return root / directory_name(0)
 
 
@@ -204,23 +204,24 @@ def _split(entries: Sequence[Entry], shard_bytes: int) -> dict[str, list[Entry]]
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def _write_files(folder: Path, files: Mapping[str, Sequence[Entry]]) -> dict[str, tuple[list[str], StoredFile]]:
-    """Write files of weights, some at a time. Returns the keys in each, and what it is."""
+def _write_files(
+    folder: Path, files: Mapping[str, Sequence[Entry]], hashed: bool = True
+) -> dict[str, tuple[list[str], StoredFile]]:
+    """Write files of weights, a few tensors at a time. Returns the keys in each, and what it is."""
     total = sum(entry.nbytes for entries in files.values() for entry in entries)
-    with log.progress(None, "converting", total, "B") as bar, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with log.progress(None, "converting", total, "B") as bar:
 
         def counted(read: Callable[[], Tensor]) -> Tensor:
             tensor = read()
             bar.update(tensor.nbytes)
             return tensor
 
-        def put(file: str) -> StoredFile:
-            entries = [replace(entry, read=partial(counted, entry.read)) for entry in files[file]]
-            return safetensors_file.write(folder / file, entries)
-
-        written = list(pool.map(put, files))
-    keys = ([entry.key for entry in entries] for entries in files.values())
-    return dict(zip(files, zip(keys, written, strict=True), strict=True))
+        written = {}
+        for file, entries in files.items():
+            counting = [replace(entry, read=partial(counted, entry.read)) for entry in entries]
+            stored = safetensors_file.write(folder / file, counting, hashed)
+            written[file] = [entry.key for entry in entries], stored
+        return written
 
 
 @contextmanager
@@ -237,7 +238,9 @@ def _appearing(output: Path, flag: str) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         yield unfinished
+        sync_directory(unfinished)
         unfinished.rename(output)
+        sync_directory(output.parent)
     except OSError as error:
         rule = f"the directory must be writable ({error.strerror}: {error.filename or output})"
         fix = "name a directory of your own, or free some space"

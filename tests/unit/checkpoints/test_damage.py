@@ -48,8 +48,8 @@ def test_a_flipped_byte_is_named(written: Path, place: int) -> None:
         (problem,) = damage(written)
         assert str(path) in problem
         inside = [key for key, (start, stop) in places.items() if start <= at < stop]
-        if path.suffix == ".safetensors" and inside:
-            assert problem.endswith(f"(damaged: {inside[0]})")
+        if path.suffix == ".safetensors":
+            assert problem.endswith(f"(damaged: {inside[0] if inside else 'the header'})")
     finally:
         path.write_bytes(good)
     assert damage(written) == []
@@ -77,7 +77,7 @@ def test_several_tensors_and_the_header(tmp_path: Path) -> None:
     (problem,) = damage(directory)
     assert "damaged: " in problem and " more)" in problem
     path.write_bytes(bytes([255]) + good[1:])
-    assert "(its header, or what no checksum covers)" in damage(directory)[0]
+    assert damage(directory)[0].endswith("(damaged: the header)")
     path.write_bytes(good[:-1])
     assert f"has {len(good) - 1} bytes where the manifest says {len(good)}" in damage(directory)[0]
 
