@@ -6,8 +6,8 @@ The same tensors (fp32, blocks of a Llama) for all, in one run, taking turns. Ev
 megasp hashes them, too, and publishes atomically. Loads fill tensors that exist, from files in the page cache; megasp's
 checks the hashes first. Then, of megasp alone:
 
-    resharding     the halves of both of two tensor-parallel ranks, of what one rank saved, beside the whole as one rank;
-                   two thirds of the bytes by rows and a third by columns, as in a model, and then all by columns
+    resharding     the halves of both of two tensor-parallel ranks, of what one rank saved, beside the whole as one
+                   rank; two thirds of the bytes by rows and a third by columns, as in a model, and then all by columns
     stall          what a step loses to a save in the background, beside a save in the foreground
     conversion     to Hugging Face and back of a model with the layers of Llama 3 8B (--layers of them), in bf16
 """

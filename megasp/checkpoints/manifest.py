@@ -14,8 +14,8 @@ The manifest is JSON:
      "sha256": "..."}
 
 The boxes of a tensor tile it: each element stands in exactly one of them. Of a file there is the SHA-256 of its header
-(with the length before it) and of each tensor in it: together every byte. `sha256` is that of the other fields as
-`json.dumps` prints them, so the manifest is as safe against damage as the files are. Nothing in the format is pickled.
+(with the length before it) and of each tensor in it: together every byte. `sha256` is that of the manifest's text
+without it, so the manifest is as safe against damage as the files are. Nothing in the format is pickled.
 Version 1 had the SHA-256 of a file's bytes in one, `sha256`, in the place of `header` and `tensors`; it is read.
 """
 
@@ -36,6 +36,8 @@ from megasp.parameters import Box, Piece
 
 FORMAT, VERSION, READ_VERSIONS = "megasp-checkpoint", 2, (1, 2)
 MANIFEST, LATEST = "manifest.json", "latest"
+HASH_FOLLOWS = ', "sha256": "'
+"""Ends the manifest, with the SHA-256 of the text up to here and `}`, and `"}`."""
 _DIRECTORY = re.compile(r"step_(\d{8,})(\.replaced)?")
 
 
@@ -123,7 +125,8 @@ class Manifest:
             },
             "tensors": tensors,
         }
-        return json.dumps(document | {"sha256": _fingerprint(json.dumps(document))})
+        text = json.dumps(document)
+        return text[:-1] + HASH_FOLLOWS + _fingerprint(text) + '"}'
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
@@ -138,7 +141,8 @@ class Manifest:
         if document.get("version") not in READ_VERSIONS:
             known = " and ".join(map(str, READ_VERSIONS))
             raise ValueError(f"it has version {document.get('version')} and this megasp reads versions {known}")
-        if document.pop("sha256", None) != _fingerprint(json.dumps(document)):
+        before, _, after = text.rpartition(HASH_FOLLOWS)
+        if after != _fingerprint(before + "}") + '"}':
             raise ValueError("its content does not match its own hash")
         tensors = {
             name: StoredTensor(entry["dtype"], tuple(entry["shape"]), tuple(map(_stored_box, entry["boxes"])))
