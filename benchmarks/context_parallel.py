@@ -1,7 +1,7 @@
 """Attention over a split sequence, every mode, beside DeepSpeed's DistributedAttention on the same input (gloo ranks).
 
     python benchmarks/context_parallel.py [--worlds 2 4] [--kv-heads 16 4] [--seq-length 4096] [--documents 512]
-    python benchmarks/context_parallel.py --draw 8          # steps of the modes, and their balance
+    python benchmarks/context_parallel.py --draw 8          # steps of the modes, and their balance (with --documents)
     python benchmarks/context_parallel.py --scale           # 65,536 tokens, ring of 8, against one process
     python benchmarks/context_parallel.py --precision       # bf16's error over the size of the ring; a picture
 
@@ -38,7 +38,6 @@ from megasp.sequence_parallel import SequenceAttention, Work, attend
 from megasp.sequence_parallel.schedules import SCHEDULES, draw, simulate
 from megasp.sequence_parallel.shards import shards
 from megasp.sequence_parallel.traffic import AttentionShape, ring_traffic, ulysses_traffic
-from megasp.shard_map import ShardMap
 
 MODES = {
     "a2a": "p2p",
@@ -189,12 +188,14 @@ def line(world: int, kv_heads: int, name: str, ranks: list[dict[str, Any]]) -> N
     print(row, flush=True)
 
 
-def draw_modes(ranks: int) -> None:
-    """Steps of the forward of every mode, dense causal, with the time in units of a full pair of shards."""
+def draw_modes(ranks: int, document: int) -> None:
+    """Steps of the forward of every mode, with the time in units of a full pair of shards (of 64 tokens); of causal
+    attention to one document, or to documents of `document` tokens."""
+    each = 64
+    documents = [np.arange(0, each * ranks, document)] if document else None
     for mode in SCHEDULES:
-        each = 64
-        shards = (ShardMap.contiguous if mode == "lightseq" else ShardMap.zigzag)(each * ranks, ranks)
-        work = Work(shards.by_ring(1), comm=mode)
+        held = shards(each * ranks, ranks, 1, mode).of(documents)
+        work = Work(held.by_ring(1), documents=documents, comm=mode)
         length, even = simulate(work.schedule.forward, ranks, work.pairs)
         print(f"{mode}: {length / each**2:.2f} long, balance {even:.2f}\n{draw(work.schedule.forward, ranks)}\n")
 
@@ -275,7 +276,7 @@ def main() -> None:
     p.add_argument("--precision", action="store_true", help="bf16 over the size of the ring")
     a = p.parse_args()
     if a.draw:
-        draw_modes(a.draw)
+        draw_modes(a.draw, a.documents)
     elif a.scale:
         scale()
     elif a.precision:
