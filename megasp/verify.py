@@ -178,6 +178,7 @@ def in_layout(config: Config, layout: Layout) -> Config:
         ulysses_size=layout.ulysses,
         ring_size=layout.ring,
         context_parallel_size=None,
+        nproc_per_node=None,
         cp_comm_type=comm if comm in RING_MODES and layout.ring > 1 else None,
         ulysses_head_chunks=config.parallel.ulysses_head_chunks if layout.ulysses > 1 else 1,
         sequence_parallel=config.parallel.sequence_parallel and layout.tp > 1,
