@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from megasp.config.context_parallel import split_context
 from megasp.config.heads import most_chunks
@@ -48,7 +49,8 @@ def _other_size(config: Config, world_size: int) -> str:
         def works(size: int, name: str = name) -> bool:
             if world_size % size:
                 return False
-            other = replace(config, parallel=replace(config.parallel, **{name: size}))
+            changed: dict[str, Any] = {name: size}
+            other = replace(config, parallel=replace(config.parallel, **changed))
             try:
                 check_splits(other, layout_of(other, world_size))
             except ConfigError:

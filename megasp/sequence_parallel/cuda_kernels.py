@@ -158,15 +158,16 @@ class FlashAttention3(VarlenKernel):
         return self._call_backward(dout, q, k, v, out, lse, causal, scale, **_keywords(of_q, of_k))
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse = self._call_forward(*(x.transpose(1, 2) for x in (q, k, v)), causal, scale)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = self._call_forward(q, k, v, causal, scale)
         return out.transpose(1, 2), lse
 
     def _backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tensors = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-        dq, dk, dv = (x.transpose(1, 2) for x in self._call_backward(*tensors, lse.contiguous(), causal, scale))
-        return dq, dk, dv
+        dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+        dq, dk, dv = self._call_backward(dout, q, k, v, out, lse.contiguous(), causal, scale)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
     @staticmethod
     def _call_forward(

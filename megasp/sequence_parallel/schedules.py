@@ -143,7 +143,7 @@ def _helped(ranks: int, pairs: Pairs) -> set[tuple[int, int]]:
         load[q] += work
         if q != k:
             own[q].append(k)
-    helped = set()
+    helped: set[tuple[int, int]] = set()
     while True:
         busiest = max(range(ranks), key=lambda rank: (load[rank], rank))
         after = [(load[k] + pairs[busiest, k], -abs(busiest - k), k) for k in own[busiest]]
