@@ -92,7 +92,7 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
         state = parallel_state.build(layout, torch.device("cpu"))
-        with _fake() as tracker:
+        with fake_tensors() as tracker:
             training = build(config, state)
             built = tracker.live
             batches = [_batch(training) for _ in range(config.num_microbatches(layout))]
@@ -124,9 +124,9 @@ def _kernel_of_a_gpu(config: Config) -> Config:
 
 
 @contextmanager
-def _fake() -> Iterator[Tracker]:
-    """Fake tensors inside, which stand for those of a GPU: the loss passes over a chunk's logits at once there, and
-    products of lower precision are written in fp32 as they are."""
+def fake_tensors() -> Iterator[Tracker]:
+    """Fake tensors inside, which stand for those of a GPU (the loss passes over a chunk's logits at once there, and
+    products of lower precision are written in fp32 as they are), and the tracker that counts them."""
 
     def no_values(piece: Piece, seed: int) -> Tensor:
         return torch.empty(0).expand(piece.box.size) if 0 in piece.box.size else torch.empty(()).expand(piece.box.size)

@@ -67,8 +67,10 @@ def report(config: Config, layout: Layout, counted: bool = False) -> list[str]:
     if counted:
         counts = [dry_run.count(config, layout, each.rank) for each in log.progress(accounts, "dry run", layout.pp)]
         measured["counted by a dry run"] = [each.peak for each in counts]
+    reason = split_context(config).reason
     return [
         f"layout {layout.name}: {layout.describe()}",
+        *([f"context parallel {layout.cp}: {reason}"] if reason else []),
         "held by a rank at the fullest moment of a step:",
         *table(accounts, measured),
         f"kept by a layer of a microbatch of {accounts[0].tokens} tokens on a rank:",

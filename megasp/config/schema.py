@@ -42,8 +42,11 @@ class ParallelConfig:
     cp_comm_type: str | None = flag(
         None,
         "how they exchange: a2a is Ulysses, p2p, all_gather and lightseq are ways of the ring's ranks, a2a+p2p is "
-        "Ulysses x ring; with --context-parallel-size alone the split that sends least is chosen",
+        "Ulysses x ring; with --context-parallel-size alone the split that sends least over slow links is chosen",
         choices=("a2a", "p2p", "all_gather", "lightseq", "a2a+p2p"),
+    )
+    nproc_per_node: int | None = flag(
+        None, "ranks of a node, torchrun's without it; that choice counts bytes between nodes for more"
     )
     ulysses_size: int | None = flag(
         None, "ranks of Ulysses sequence parallelism (all-to-all between sequence and heads)"

@@ -176,6 +176,7 @@ NEEDED = {
     "exit_on_save_error": ("save", None),
     "rotary_scaling_factor": ("rotary_scaling", None),
     "original_max_position_embeddings": ("rotary_scaling", None),
+    "nproc_per_node": ("context_parallel_size", None),
     "tokenizer_model": ("tokenizer_type", None),
     "vocab_file": ("tokenizer_type", None),
     "merge_file": ("tokenizer_type", None),
