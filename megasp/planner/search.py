@@ -13,6 +13,7 @@ different layouts.
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from heapq import heapify, heappop, heappush
 
 from megasp.config.layout import Layout
 from megasp.config.pipeline import PipelinePlan
@@ -20,12 +21,12 @@ from megasp.config.schema import Config
 from megasp.config.stages import Stage, split
 from megasp.errors import ConfigError
 from megasp.planner import space
-from megasp.planner.job import Job
-from megasp.planner.layer_time import Parts, layer_parts
+from megasp.planner.job import Job, Redone
+from megasp.planner.layer_time import layer_parts
 from megasp.planner.memory import Floor, Memory, ends, memory
 from megasp.planner.rates import Rates
 from megasp.planner.space import MemoryOption, Request, Values
-from megasp.planner.step_time import StepTime, quick_seconds, step_time
+from megasp.planner.step_time import Microbatch, StepTime, least_seconds, quick_seconds, step_time
 
 Key = tuple[tuple[str, object], ...]
 
@@ -103,7 +104,7 @@ class _Search:
         self.request, self.rates, self.found = request, Rates(request.hardware), Found()
         self._stages: dict[PipelinePlan, tuple[Stage, ...]] = {}
         self._floors: dict[object, Floor] = {}
-        self._layers: dict[object, dict[str, Parts]] = {}
+        self._microbatches: dict[object, Microbatch] = {}
 
     def run(self) -> Found:
         found, bounded = self.found, []
@@ -193,26 +194,44 @@ class _Search:
     def _time(self, job: Job) -> float:
         """Seconds of a step, about."""
         self.found.tried += 1
-        key = (job.layout, job.ring_mode, job.micro_batch, job.zero, job.recompute)
-        if key not in self._layers:
-            self._layers[key] = layer_parts(job, self.rates)
-        return quick_seconds(job, self.rates, self._layers[key])
+        return quick_seconds(job, self.rates, self._microbatch(job))
+
+    def _least(self, job: Job) -> float:
+        """Seconds that a schedule and microbatch take whatever is recomputed, offloaded or sharded."""
+        bare = replace(job, recompute=Redone(), offload_activations=0.0, zero=0)
+        return least_seconds(bare, self.rates, self._microbatch(bare))
+
+    def _microbatch(self, job: Job) -> Microbatch:
+        key = (job.layout, job.ring_mode, job.micro_batch, job.zero, job.recompute, job.offload_activations)
+        if key not in self._microbatches:
+            self._microbatches[key] = Microbatch.of(job, self.rates)
+        return self._microbatches[key]
+
+    def _by_time(self, axes: Values, job: Job) -> Iterator[tuple[float, Values, Job, MemoryOption]]:
+        """Every combination on these axes that its floor lets fit, the fastest first. Recompute and sharding of a
+        schedule and microbatch are looked at when no faster combination is left than the two can be."""
+        options = space.memory_options(self.request, job.layout)
+        groups = list(self._groups(axes, job))
+        queue = [(self._least(group), place, -1) for place, (_, group) in enumerate(groups)]
+        heapify(queue)
+        while queue:
+            seconds, place, which = heappop(queue)
+            values, group = groups[place]
+            if which >= 0:
+                yield seconds, values | options[which].values, group, options[which]
+                continue
+            for which in self._options(axes, values, group, options):
+                heappush(queue, (self._time(options[which].applied(group)), place, which))
 
     def _best(self, axes: Values, job: Job) -> Plan | None:
         """The fastest combination on these axes that fits.
 
-        Combinations that their floor lets fit are taken from the fastest on, until one fits by the account; one that
-        saves no more than another of its schedule and microbatch that did not fit is passed over.
+        Combinations are taken from the fastest on, until one fits by the account; one that saves no more than another
+        of its schedule and microbatch that did not fit is passed over.
         """
-        options = space.memory_options(self.request, job.layout)
-        hopeful = [
-            (self._time(option.applied(group)), values | option.values, group, option)
-            for values, group in self._groups(axes, job)
-            for option in self._options(axes, values, group, options)
-        ]
         too_large: dict[tuple[PipelinePlan, int], list[tuple[int, int]]] = {}
         accounts = 0
-        for seconds, values, group, option in sorted(hopeful, key=lambda item: item[0]):
+        for seconds, values, group, option in self._by_time(axes, job):
             failed = too_large.setdefault((group.plan, group.micro_batch), [])
             if any(option.thrift[0] <= other[0] and option.thrift[1] <= other[1] for other in failed):
                 continue
@@ -230,14 +249,14 @@ class _Search:
             return Plan(values, config, layout, StepTime(Job.of(config, layout), seconds, {}, 0.0), ranks)
         return None
 
-    def _options(self, axes: Values, values: Values, group: Job, options: list[MemoryOption]) -> Iterator[MemoryOption]:
-        """Recompute and sharding for a schedule and microbatch, as far as their floor fits; of each recompute the few
-        that shard least."""
+    def _options(self, axes: Values, values: Values, group: Job, options: list[MemoryOption]) -> Iterator[int]:
+        """Places of the recompute and sharding for a schedule and microbatch whose floor fits; of each recompute the
+        few that shard least."""
         taken: Counter[int] = Counter()
-        for option in options:
+        for place, option in enumerate(options):
             if taken[option.thrift[0]] < SHARDINGS and self._fits_at_least(axes, values, group, option):
                 taken[option.thrift[0]] += 1
-                yield option
+                yield place
 
     def _fits_at_least(self, axes: Values, values: Values, job: Job, option: MemoryOption) -> bool:
         """Whether a GPU has what is needed at least; what cannot fit is noted."""
