@@ -105,13 +105,13 @@ def simulate(schedule: Schedule, cost: Cost, message: float = 0.0) -> Timeline:
 
 def _arrivals(schedule: Schedule, action: Action, end: dict[Action, float], message: float) -> list[float] | None:
     """When the results that an action needs are on its rank; None while one of them is not computed."""
-    own = {"F": None, "W": "I"}.get(action.kind, "F")
+    kind, stage, microbatch = action
     times = []
-    if own is not None:
-        times.append(end.get(action._replace(kind=own)))
+    if kind != "F":
+        times.append(end.get(Action("I" if kind == "W" else "F", stage, microbatch)))
     source = schedule.source(action)
     if source is not None:
-        local = schedule.owner[source.stage] == schedule.owner[action.stage]
+        local = schedule.owner[source.stage] == schedule.owner[stage]
         there = end.get(source)
         times.append(there if there is None or local else there + message)
     return None if None in times else times  # type: ignore[return-value]

@@ -14,19 +14,22 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
+from itertools import count, islice
 
 from megasp.config.layout import Layout
 from megasp.config.pipeline import PipelinePlan
 from megasp.config.schema import Config
 from megasp.config.stages import Stage, split
 from megasp.errors import ConfigError
+from megasp.model.memory import Sizes
 from megasp.planner import space
-from megasp.planner.job import Job, Redone
+from megasp.planner.job import Job
 from megasp.planner.layer_time import layer_parts
-from megasp.planner.memory import Floor, Memory, ends, memory
+from megasp.planner.memory import End, Floor, Memory, ends, memory, pipeline_ends
 from megasp.planner.rates import Rates
 from megasp.planner.space import MemoryOption, Request, Values
 from megasp.planner.step_time import Microbatch, StepTime, least_seconds, quick_seconds, step_time
+from megasp.training.memory import sizes_of
 
 Key = tuple[tuple[str, object], ...]
 
@@ -103,6 +106,8 @@ class _Search:
     def __init__(self, request: Request) -> None:
         self.request, self.rates, self.found = request, Rates(request.hardware), Found()
         self._stages: dict[PipelinePlan, tuple[Stage, ...]] = {}
+        self._ends: dict[object, tuple[End, ...]] = {}
+        self._sizes: dict[object, tuple[Config, Sizes]] = {}
         self._floors: dict[object, Floor] = {}
         self._microbatches: dict[object, Microbatch] = {}
 
@@ -197,8 +202,8 @@ class _Search:
         return quick_seconds(job, self.rates, self._microbatch(job))
 
     def _least(self, job: Job) -> float:
-        """Seconds that a schedule and microbatch take whatever is recomputed, offloaded or sharded."""
-        bare = replace(job, recompute=Redone(), offload_activations=0.0, zero=0)
+        """Seconds that a job takes however it is sharded."""
+        bare = replace(job, zero=0)
         return least_seconds(bare, self.rates, self._microbatch(bare))
 
     def _microbatch(self, job: Job) -> Microbatch:
@@ -208,20 +213,28 @@ class _Search:
         return self._microbatches[key]
 
     def _by_time(self, axes: Values, job: Job) -> Iterator[tuple[float, Values, Job, MemoryOption]]:
-        """Every combination on these axes that its floor lets fit, the fastest first. Recompute and sharding of a
-        schedule and microbatch are looked at when no faster combination is left than the two can be."""
-        options = space.memory_options(self.request, job.layout)
+        """Every combination on these axes that its floor lets fit, the fastest first. How to shard a schedule,
+        microbatch and recompute is looked at when no combination is left that is faster than these can be."""
+        recomputes: dict[int, list[MemoryOption]] = {}
+        for option in space.memory_options(self.request, job.layout):
+            recomputes.setdefault(option.thrift[0], []).append(option)
         groups = list(self._groups(axes, job))
-        queue = [(self._least(group), place, -1) for place, (_, group) in enumerate(groups)]
+        queue: list[tuple[float, int, int, MemoryOption | None]] = [
+            (self._least(options[0].applied(group)), place, again, None)
+            for place, (_, group) in enumerate(groups)
+            for again, options in recomputes.items()
+        ]
         heapify(queue)
+        order = count()
         while queue:
-            seconds, place, which = heappop(queue)
+            seconds, place, again, option = heappop(queue)
             values, group = groups[place]
-            if which >= 0:
-                yield seconds, values | options[which].values, group, options[which]
+            if option is not None:
+                yield seconds, values | option.values, group, option
                 continue
-            for which in self._options(axes, values, group, options):
-                heappush(queue, (self._time(options[which].applied(group)), place, which))
+            fitting = (option for option in recomputes[again] if self._fits_at_least(axes, values, group, option))
+            for option in islice(fitting, SHARDINGS):
+                heappush(queue, (self._time(option.applied(group)), place, len(recomputes) + next(order), option))
 
     def _best(self, axes: Values, job: Job) -> Plan | None:
         """The fastest combination on these axes that fits.
@@ -249,20 +262,18 @@ class _Search:
             return Plan(values, config, layout, StepTime(Job.of(config, layout), seconds, {}, 0.0), ranks)
         return None
 
-    def _options(self, axes: Values, values: Values, group: Job, options: list[MemoryOption]) -> Iterator[int]:
-        """Places of the recompute and sharding for a schedule and microbatch whose floor fits; of each recompute the
-        few that shard least."""
-        taken: Counter[int] = Counter()
-        for place, option in enumerate(options):
-            if taken[option.thrift[0]] < SHARDINGS and self._fits_at_least(axes, values, group, option):
-                taken[option.thrift[0]] += 1
-                yield place
-
     def _fits_at_least(self, axes: Values, values: Values, job: Job, option: MemoryOption) -> bool:
         """Whether a GPU has what is needed at least; what cannot fit is noted."""
-        key = job.plan, job.layout, job.ring_mode, job.micro_batch, option.thrift[0]
-        if key not in self._floors:
-            self._floors[key] = Floor.of(self.request.with_values(values | option.values), job.layout)
+        shape = job.plan, job.layout.tp, job.microbatches
+        size = job.layout, job.ring_mode, job.micro_batch, option.thrift[0]
+        if (shape, size) not in self._floors:
+            if shape not in self._ends:
+                self._ends[shape] = pipeline_ends(self.request.with_values(values), job.layout)
+            if size not in self._sizes:
+                config = self.request.with_values(values | option.values)
+                self._sizes[size] = config, sizes_of(config, job.layout, "cuda")
+            self._floors[shape, size] = Floor.of(self._ends[shape], *self._sizes[size], job.microbatches)
+        key = shape, size
         peak = self._floors[key].needed(option.layout)
         return self._noted(axes, values | option.values, peak) <= self.request.hardware.memory
 
