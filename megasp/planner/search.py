@@ -78,7 +78,7 @@ class Found:
         illegal: axes that cannot run, with the rule's sentence.
         too_large: axes of which something does not fit, with the smallest of those, in
             bytes, and its values.
-        tried: combinations that were timed.
+        tried: combinations that were timed; `accounts`: of those, whose memory was counted by the account.
         space: combinations of axes.
     """
 
@@ -87,6 +87,7 @@ class Found:
     illegal: dict[Key, ConfigError] = field(default_factory=dict)
     too_large: dict[Key, tuple[float, Values]] = field(default_factory=dict)
     tried: int = 0
+    accounts: int = 0
     space: int = 0
 
 
@@ -279,6 +280,7 @@ class _Search:
 
     def _memory(self, axes: Values, values: Values, layout: Layout) -> tuple[Memory, ...] | None:
         """What the fullest pipeline ranks hold, where it fits; what does not is noted."""
+        self.found.accounts += 1
         ranks = tuple(memory(self.request.with_values(values), layout, ends(layout)))
         peak = self._noted(axes, values, max(rank.needed for rank in ranks))
         hardware = self.request.hardware

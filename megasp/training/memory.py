@@ -8,14 +8,10 @@ use: some 1 to 3 GB.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 from megasp.config.context_parallel import split_context
 from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
-from megasp.config.model import ModelConfig
-from megasp.config.pipeline import PipelinePlan
-from megasp.config.recompute import ActivationConfig
 from megasp.config.schema import Config
 from megasp.config.stages import Stage, split
 from megasp.data_parallel.memory import StateBytes, state_bytes
@@ -102,7 +98,7 @@ def account(
     model, training = config.model, config.training
     sizes, plan = sizes_of(config, layout, device), config.pipeline
     owner = placement(plan.schedule, plan.ranks, plan.chunks)
-    mine = tuple(stage for stage in split(config) if owner[stage.number] == pipeline_rank)
+    mine = [stage for stage in split(config) if owner[stage.number] == pipeline_rank]
     layer = model_memory.layer_parameters(model, layout.tp)
     ends = {stage.number: model_memory.end_parameters(model, layout.tp, stage.first, stage.last) for stage in mine}
     elements = sum(len(stage.layers) * layer + sum(ends[stage.number].values()) for stage in mine)
@@ -113,9 +109,11 @@ def account(
     ranks, microbatches = shards * layout.dp_outer, config.num_microbatches(layout)
     states = state_bytes(elements, layer, heads, sizes.item, ranks, shards, zero, gradient_item, microbatches)
     growing = max(sizes.item, 4) if states.growing else 0
-    fullest, host = _fullest(
-        model, config.activations, sizes, plan, microbatches, pipeline_rank, mine, growing, states.reducing
-    )
+    stages = {stage.number: _stage(config, sizes, stage, growing, states.reducing) for stage in mine}
+    steps = schedule(plan.schedule, plan.ranks, microbatches, plan.chunks)
+    fullest = peak(steps, pipeline_rank, stages, sizes.rows * model.hidden_size * sizes.item)
+    live = Counter(fullest.live) + Counter([fullest.action.stage] * (fullest.action.kind == "F"))
+    host = sum(count * sum(piece.host for piece in stages[number].pieces) for number, count in live.items())
     return Account(
         layout.rank(dict.fromkeys(("dp_outer", "dp_inner", "ring", "ulysses", "tp"), 0) | {"pp": pipeline_rank}),
         pipeline_rank,
@@ -156,39 +154,17 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
     )
 
 
-@cache  # accounts that differ in what is sharded ask for the same
-def _fullest(
-    model: ModelConfig,
-    activations: ActivationConfig,
-    sizes: Sizes,
-    plan: PipelinePlan,
-    microbatches: int,
-    pipeline_rank: int,
-    mine: tuple[Stage, ...],
-    growing: int,
-    reducing: int,
-) -> tuple[Peak, int]:
-    """The fullest moment of a pipeline rank that holds stages `mine`, and what is on the host then.
-
-    Args:
-        growing: bytes of a gradient that has no buffer; `reducing`: of those of a layer that are reduced meanwhile.
-    """
-    stages = {stage.number: _stage(model, activations, sizes, stage, growing, reducing) for stage in mine}
-    steps = schedule(plan.schedule, plan.ranks, microbatches, plan.chunks)
-    fullest = peak(steps, pipeline_rank, stages, sizes.rows * model.hidden_size * sizes.item)
-    live = Counter(fullest.live) + Counter([fullest.action.stage] * (fullest.action.kind == "F"))
-    return fullest, sum(count * sum(piece.host for piece in stages[number].pieces) for number, count in live.items())
-
-
-def _stage(
-    model: ModelConfig, activations: ActivationConfig, sizes: Sizes, stage: Stage, growing: int, reducing: int
-) -> StageBytes:
-    """One microbatch through a stage."""
-    count = len(stage.layers)
-    pieces = [*model_memory.stage_layers(model, sizes, activations.recompute, count, activations.offloaded(count))]
+def _stage(config: Config, sizes: Sizes, stage: Stage, growing: int, reducing: int) -> StageBytes:
+    """One microbatch through a stage; `growing` is the bytes of a gradient that has no buffer, `reducing` of those of a
+    layer that are reduced meanwhile."""
+    model = config.model
+    layers = model_memory.stage_layers(
+        model, sizes, config.activations.recompute, len(stage.layers), config.activations.offloaded(len(stage.layers))
+    )
     ends = model_memory.end_parameters(model, sizes.tp, stage.first, stage.last)
     each = model_memory.layer_parameters(model, sizes.tp)
-    gradients = [each * len(group) for group, _ in activations.recompute.groups(count)]
+    pieces = [*layers]
+    gradients = [each * len(group) for group, _ in config.activations.recompute.groups(len(stage.layers))]
     if stage.first:
         pieces.insert(0, model_memory.first_footprint(model, sizes))
         gradients.insert(0, ends["embedding"] + ends.get("positions", 0))
