@@ -3,7 +3,6 @@
 `validate(config, world_size)` raises one `ConfigError`: what was given, the rule, the nearest values that work.
 """
 
-
 from megasp.config import activation_memory, stages
 from megasp.config.data_rules import check_data
 from megasp.config.kernels import choose_kernel

@@ -124,4 +124,3 @@ def live_activations(row: Row) -> int:
         live += (action.kind == "F") - (action.kind in "BW")
         peak = max(peak, live)
     return peak
-

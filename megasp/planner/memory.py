@@ -13,7 +13,7 @@ from megasp.config.stages import split
 from megasp.data_parallel.memory import state_bytes
 from megasp.model.memory import Sizes, end_parameters, layer_parameters, stage_layers
 from megasp.pipeline.schedules import placement, schedule
-from megasp.training.memory import account, sizes_of
+from megasp.training.memory import account
 
 OUTSIDE = 3.0e9
 """Bytes that are not PyTorch's: the CUDA context, NCCL's buffers, libraries' workspaces. An assumption."""

@@ -217,8 +217,8 @@ class _Search:
         """Every combination on these axes that its floor lets fit, the fastest first. How to shard a schedule,
         microbatch and recompute is looked at when no combination is left that is faster than these can be."""
         recomputes: dict[int, list[MemoryOption]] = {}
-        for option in space.memory_options(self.request, job.layout):
-            recomputes.setdefault(option.thrift[0], []).append(option)
+        for each in space.memory_options(self.request, job.layout):
+            recomputes.setdefault(each.thrift[0], []).append(each)
         groups = list(self._groups(axes, job))
         queue: list[tuple[float, int, int, MemoryOption | None]] = [
             (self._least(options[0].applied(group)), place, again, None)
@@ -233,9 +233,9 @@ class _Search:
             if option is not None:
                 yield seconds, values | option.values, group, option
                 continue
-            fitting = (option for option in recomputes[again] if self._fits_at_least(axes, values, group, option))
-            for option in islice(fitting, SHARDINGS):
-                heappush(queue, (self._time(option.applied(group)), place, len(recomputes) + next(order), option))
+            fitting = (each for each in recomputes[again] if self._fits_at_least(axes, values, group, each))
+            for each in islice(fitting, SHARDINGS):
+                heappush(queue, (self._time(each.applied(group)), place, len(recomputes) + next(order), each))
 
     def _best(self, axes: Values, job: Job) -> Plan | None:
         """The fastest combination on these axes that fits.

@@ -134,7 +134,9 @@ class Microbatch:
     @classmethod
     def of(cls, job: Job, rates: Rates) -> "Microbatch":
         """Of a job, whatever its schedule."""
-        layer, head = ({k: sum(parts.values()) for k, parts in made(job, rates).items()} for made in (layer_parts, _head))
+        layer, head = (
+            {k: sum(parts.values()) for k, parts in made(job, rates).items()} for made in (layer_parts, _head)
+        )
         return cls(layer, head)
 
 

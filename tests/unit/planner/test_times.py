@@ -63,7 +63,9 @@ def test_closed_forms_agree_with_the_simulator() -> None:
             tensor_model_parallel_size=4, pipeline_model_parallel_size=4, sequence_parallel=True,
             pipeline_schedule=schedule, **extra,
         )  # fmt: skip
-        assert quick_seconds(this, H100, Microbatch.of(this, H100)) == pytest.approx(step_time(this, H100).seconds, rel=0.04), schedule
+        assert quick_seconds(this, H100, Microbatch.of(this, H100)) == pytest.approx(
+            step_time(this, H100).seconds, rel=0.04
+        ), schedule
 
 
 def test_many_microbatches_are_continued_exactly() -> None:

@@ -1,5 +1,7 @@
-"""What a step sends and computes, in closed form, is what the real step on fake tensors does, to the byte. (Left out are the
-gradient norm's sum, and with sequence parallelism those of norm weights.)"""
+"""What a step sends and computes, in closed form, is what the real step on fake tensors does, to the byte.
+
+Left out are the gradient norm's sum, and with sequence parallelism those of norm weights.
+"""
 
 import pytest
 
