@@ -8,7 +8,8 @@ take inside themselves and for the allocator's rounding. The account of `megasp 
 import dataclasses
 import gc
 import weakref
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,9 @@ from megasp.data import Batch
 from megasp.data_parallel import global_norm, sum_partial_, sum_tied_
 from megasp.model import init, loss, matmul
 from megasp.parameters import Piece
+from megasp.training import communication
 from megasp.training.build import Training, build
+from megasp.training.volumes import Volume, closed_forms
 
 
 class Tracker(TorchDispatchMode):
@@ -40,11 +43,13 @@ class Tracker(TorchDispatchMode):
 
     Attributes:
         live, peak: bytes now, and at most since `peak` was set.
+        flops: kind -> floating-point operations since it was cleared.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
+        self.flops: Counter[str] = Counter()
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,6 +59,11 @@ class Tracker(TorchDispatchMode):
         for tensor in tree_iter((out, args)):
             if isinstance(tensor, Tensor):
                 self.note(tensor.untyped_storage())
+        name = func.overloadpacket.__name__
+        if name in PRODUCTS:
+            self.flops["matrix products"] += _product_flops(name, args, out)
+        elif "scaled_dot_product" in name:
+            self.flops["attention"] += _attention_flops(name, args)
         return out
 
     def note(self, storage: torch.UntypedStorage) -> None:
@@ -69,13 +79,37 @@ class Tracker(TorchDispatchMode):
         self.live -= self._sizes.pop(key)
 
 
+PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_linear_pointwise": 0}
+"""Operators of matrix products, and the place of their first factor."""
+
+
+def _product_flops(name: str, args: Sequence[Any], out: Any) -> int:
+    return 2 * out.numel() * args[PRODUCTS[name]].shape[-1]
+
+
+def _attention_flops(name: str, args: Sequence[Any]) -> int:
+    """Of PyTorch's fused attention on a CPU, whose last argument says whether it is causal, and is counted half then:
+    two products forward, five backward."""
+    backward = name.endswith("backward")
+    query, key = args[1:3] if backward else args[:2]
+    return (5 if backward else 2) * 2 * query.numel() * key.shape[-2] // (2 if args[-1] is True else 1)
+
+
 @dataclass(frozen=True)
 class Count:
-    """Bytes of one rank: after the build, and the peaks of a step's passes and of its optimizer."""
+    """Of one rank.
+
+    Attributes:
+        built, passes, optimizer: bytes after the build, and the peaks of a step's passes and of its optimizer.
+        volume: what the step sent, and computed.
+        formula: the same in closed form.
+    """
 
     built: int
     passes: int
     optimizer: int
+    volume: Volume
+    formula: Volume
 
     @property
     def peak(self) -> int:
@@ -98,6 +132,8 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
             batches = [_batch(training) for _ in range(config.num_microbatches(layout))]
             for _ in range(steps):
                 tracker.peak = 0
+                tracker.flops.clear()
+                communication.reset(training)
                 training.pipeline.train(batches, 1.0)
                 training.replicas.finish()
                 passes, tracker.peak = tracker.peak, 0
@@ -106,9 +142,20 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
                 global_norm(training.replicas.masters, state.model)
                 training.optimizer.step()
                 training.replicas.publish()
-            return Count(built, passes, tracker.peak)
+            volume = Volume(_sent(training), tracker.flops)
+            return Count(built, passes, tracker.peak, volume, closed_forms(training, batches))
     finally:
         dist.destroy_process_group()
+
+
+def _sent(training: Training) -> Counter[tuple[str, str]]:
+    return Counter(
+        {
+            (name, operation): size
+            for name, axis in training.state.axes.items()
+            for operation, size in axis.traffic.bytes_sent.items()
+        }
+    )
 
 
 def _kernel_of_a_gpu(config: Config) -> Config:

@@ -3,8 +3,6 @@
 `validate(config, world_size)` raises one `ConfigError`: what was given, the rule, the nearest values that work.
 """
 
-import dataclasses
-
 from megasp.config import activation_memory, stages
 from megasp.config.data_rules import check_data
 from megasp.config.kernels import choose_kernel
@@ -187,7 +185,7 @@ NEEDED = {
 
 def _ignored(config: Config) -> None:
     """Refuse options that would silently do nothing."""
-    values = {name: value for group in dataclasses.asdict(config).values() for name, value in group.items()}
+    values = {name: value for group in vars(config).values() for name, value in vars(group).items()}
     for name, (needed, wanted) in NEEDED.items():
         there = values[needed]
         if values[name] and (there is None if wanted is None else there != wanted):

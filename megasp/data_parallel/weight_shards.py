@@ -137,7 +137,7 @@ def _mesh(state: ParallelState) -> DeviceMesh:
     if outer.group is None:
         return DeviceMesh.from_group(inner.group, device, mesh_dim_names=("dp_cp",))
     ranks = state.layout.group(("dp_outer", "dp_inner", "ring", "ulysses"), state.rank)
-    table = torch.tensor(ranks).view(outer.size, inner.size)
+    table = [ranks[start : start + inner.size] for start in range(0, len(ranks), inner.size)]
     return DeviceMesh.from_group([outer.group, inner.group], device, mesh=table, mesh_dim_names=("dp_outer", "dp_cp"))
 
 
