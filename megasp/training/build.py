@@ -16,7 +16,7 @@ from megasp.pipeline.schedules import placement
 from megasp.sequence_parallel import Mask, SequenceAttention, kernels
 from megasp.sequence_parallel.shards import Shards, shards
 from megasp.training.loss_scale import LossScale
-from megasp.training.optimizer import build_optimizer
+from megasp.training.optimizer import MasterAdamW
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Training:
     model: nn.ModuleList
     pipeline: Pipeline
     replicas: Replicas | WeightShards
-    optimizer: torch.optim.AdamW
+    optimizer: MasterAdamW
     loss_scale: LossScale
     attention_kernel: str
 
@@ -84,9 +84,9 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
     if zero and state.axes["dp_cp"].size > 1:
         replicas = WeightShards(list(stages.values()), state, zero, gradient_dtype, plan.defers_weight_gradients)
     else:
-        replicas = Replicas(model, state.gradients, gradient_dtype)
+        replicas = Replicas(model, state.gradients, gradient_dtype, config.offload.optimizer_share)
     pipeline = Pipeline(plan, stages, state, replicas.begin_microbatch, dtype)
-    optimizer = build_optimizer(replicas.masters, config.optimizer)
+    optimizer = MasterAdamW(replicas.masters, config.optimizer, config.offload.optimizer_share)
     loss_scale = LossScale.of(config)
     return Training(config, state, held, model, pipeline, replicas, optimizer, loss_scale, kernel)
 

@@ -40,7 +40,7 @@ def shards(training: Training, optimizer: bool) -> list[Shard]:
     """The master weights of this rank, and with `optimizer` their moments."""
     owner = training.replicas.owner
     held = []
-    for master in training.replicas.masters:
+    for master in training.optimizer.masters:
         tensors = {"model": master.data}
         if optimizer:
             tensors |= {kind: training.optimizer.state[master][kind] for kind in ("exp_avg", "exp_avg_sq")}
@@ -155,6 +155,7 @@ def resume(training: Training, found: Found | None) -> Progress:
         _check_seed(manifest, training.config)
     held = shards(training, optimizer=with_optimizer)
     checkpoints.load(directory, held, verify_hashes=False, manifest=manifest)  # `find` has verified
+    training.optimizer.publish()
     training.replicas.publish()
     progress = Progress() if found.weights_alone else Progress(**manifest.metadata["progress"])
     set_step(training.optimizer, manifest.metadata["optimizer_steps"] if with_optimizer else 0)
