@@ -30,7 +30,7 @@ from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.data import Batch
 from megasp.data_parallel import global_norm, sum_partial_, sum_tied_
-from megasp.model import init, loss
+from megasp.model import init, loss, offload
 from megasp.parameters import Piece
 from megasp.training.build import Training, build
 
@@ -39,13 +39,16 @@ class Tracker(TorchDispatchMode):
     """Counts the bytes of the storages that are alive, and their peak.
 
     Attributes:
-        live, peak: bytes now, and at most since `peak` was set.
+        live, peak: bytes of the device now, and at most since `peak` was set.
+        host: bytes now of what would be in the host's memory.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.host = 0
         self._sizes: dict[int, int] = {}
+        self._of_host: set[int] = set()
+        self._hosting = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, torch.distributed.tensor.DTensor) for kind in types):
@@ -61,21 +64,46 @@ class Tracker(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key not in self._sizes:
             weakref.finalize(storage, self._forget, key)
-        self.live += size - self._sizes.get(key, 0)
+            if self._hosting:
+                self._of_host.add(key)
+        self._add(key, size - self._sizes.get(key, 0))
         self._sizes[key] = size
         self.peak = max(self.peak, self.live)
 
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """What is allocated inside would be in the host's memory."""
+        self._hosting = True
+        yield
+        self._hosting = False
+
+    def move_to_host(self, x: Tensor) -> None:
+        """A tensor that is the host's from now on."""
+        key = x.untyped_storage()._cdata
+        self._add(key, -self._sizes[key])
+        self._of_host.add(key)
+        self._add(key, self._sizes[key])
+
+    def _add(self, key: int, size: int) -> None:
+        if key in self._of_host:
+            self.host += size
+        else:
+            self.live += size
+
     def _forget(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
+        self._add(key, -self._sizes.pop(key))
+        self._of_host.discard(key)
 
 
 @dataclass(frozen=True)
 class Count:
-    """Bytes of one rank: after the build, and the peaks of a step's passes and of its optimizer."""
+    """Bytes of one rank: after the build, the peaks of a step's passes and of its optimizer; and what the host holds
+    between steps."""
 
     built: int
     passes: int
     optimizer: int
+    host: int = 0
 
     @property
     def peak(self) -> int:
@@ -94,6 +122,9 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
         state = parallel_state.build(layout, torch.device("cpu"))
         with _fake() as tracker:
             training = build(config, state)
+            for master, weight in zip(training.optimizer.masters, training.replicas.masters, strict=True):
+                for tensor in (master, *training.optimizer.state[master].values()) if master is not weight else ():
+                    tracker.move_to_host(tensor)
             built = tracker.live
             batches = [_batch(training) for _ in range(config.num_microbatches(layout))]
             for _ in range(steps):
@@ -106,7 +137,7 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
                 global_norm(training.replicas.masters, state.model)
                 training.optimizer.step()
                 training.replicas.publish()
-            return Count(built, passes, tracker.peak)
+            return Count(built, passes, tracker.peak, tracker.host)
     finally:
         dist.destroy_process_group()
 
@@ -141,8 +172,15 @@ def _fake() -> Iterator[Tracker]:
         with unset_fake_temporarily():
             return from_group(*args, **kwargs)
 
+    to_host = offload.PlainCopier.to_host
+
+    def copy_out(copies: offload.PlainCopier, x: Tensor) -> Any:
+        with tracker.on_host():
+            return to_host(copies, x)
+
     gc.collect()
     with (
+        mock.patch.object(offload.PlainCopier, "to_host", copy_out),
         mock.patch.object(DeviceMesh, "from_group", real_mesh),
         mock.patch.object(init, "initial_values", no_values),
         mock.patch.object(loss, "CACHE_BYTES", 1 << 62),

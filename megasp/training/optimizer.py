@@ -129,6 +129,16 @@ def _buckets(pairs: Bucket) -> Iterator[Bucket]:
         yield bucket
 
 
+def in_transit(largest: int, item: int) -> int:
+    """Bytes of pinned buffers for what travels: gradients of two buckets, in fp32 or wider, and weights of two.
+
+    Args:
+        largest: elements of the largest weight, which is in a bucket of its own if need be.
+        item: bytes of an element of the weights.
+    """
+    return 2 * max(BUCKET_ELEMENTS, largest) * (max(item, 4) + item)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -27,6 +27,7 @@ TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 SP = {TP: 2, "sequence_parallel": True}
 SELECTIVE = {"recompute_granularity": "selective"}
 
+HOST = {"optimizer_cpu_offload": True}
 CASES: dict[str, tuple[dict[str, Any], int]] = {
     "plain": ({}, 1),
     "fp32": ({"bf16": False}, 1),
@@ -53,6 +54,12 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "zero1": ({"data_parallel_sharding_strategy": "optim", "global_batch_size": 4}, 2),
     "zero2": ({"data_parallel_sharding_strategy": "optim_grads", "global_batch_size": 4}, 2),
     "zero3": ({"data_parallel_sharding_strategy": "optim_grads_params", "global_batch_size": 4}, 2),
+    "host": (HOST | {"seq_length": 1024}, 1),
+    "host-half": (HOST | {"optimizer_offload_fraction": 0.5, "seq_length": 1024}, 1),
+    "host-fp32": (HOST | {"bf16": False}, 1),
+    "host-dp": (HOST | {"global_batch_size": 4, "seq_length": 1024}, 2),
+    "host-zero1": (HOST | {"data_parallel_sharding_strategy": "optim", "global_batch_size": 4}, 2),
+    "host-zero3": (HOST | {"data_parallel_sharding_strategy": "optim_grads_params", "global_batch_size": 4}, 2),
     "1f1b": ({PP: 2, "global_batch_size": 4}, 2),
     "interleaved": ({PP: 2, "global_batch_size": 4, "num_virtual_stages_per_pipeline_rank": 2}, 2),
     "zb-h1": ({PP: 2, "global_batch_size": 4, "pipeline_schedule": "zb-h1"}, 2),
@@ -62,7 +69,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
 
 def configured(given: dict[str, Any], world: int) -> tuple[Config, Layout]:
     config = from_values(SMALL | given)
-    return config, validate(config, world)
+    return config, validate(config, world, "cuda")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -75,6 +82,8 @@ def test_account_is_the_count(name: str) -> None:
             assert expected.static == pytest.approx(counted.built, rel=1e-3), "states"
         assert expected.total == pytest.approx(counted.peak, rel=0.03), f"pipeline rank {rank}: {expected.rows()}"
         assert sum(size for _, size in expected.rows()) == expected.total
+        kept = sum(size for name, size in expected.host.items() if name in ("master weights", "optimizer states"))
+        assert kept == pytest.approx(counted.host, rel=0.06), expected.host
 
 
 def test_zero_shares_states_out() -> None:
