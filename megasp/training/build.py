@@ -1,6 +1,6 @@
 """Builds what a run trains, in one visible order: stages, master weights and gradient sync, pipeline, optimizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -59,6 +59,9 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
     mask = Mask(config.model.window_size, config.model.attention_sinks)
     held = shards(config.training.seq_length, state.ring.size, state.ulysses.size, context.ring_mode, mask)
     chunks, plan = config.parallel.ulysses_head_chunks, config.pipeline
+    zero, weights_on_host = config.parallel.zero_stage, config.offload.cpu_offloading_weights
+    shares_out = zero > 0 and (state.axes["dp_cp"].size > 1 or weights_on_host)
+    factory = Factory(state.device, dtype, config.training.seed)
     owner = placement(plan.schedule, plan.ranks, plan.chunks)
     stages = {
         stage.number: GPTModel(
@@ -72,7 +75,7 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
             recompute=config.activations.recompute,
             tiled_mlp=config.activations.tiled_mlp,
             offloaded_layers=config.activations.offloaded(len(stage.layers)),
-            factory=Factory(state.device, dtype, config.training.seed),
+            factory=replace(factory, device="meta") if shares_out else factory,
         )
         for stage in split(config)
         if owner[stage.number] == state.pp.rank
@@ -80,9 +83,9 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
     model = nn.ModuleList(stages.values())
     gradient_dtype = torch.bfloat16 if config.training.grad_reduce_in_bf16 else None
     replicas: Replicas | WeightShards
-    zero = config.parallel.zero_stage
-    if zero and state.axes["dp_cp"].size > 1:
-        replicas = WeightShards(list(stages.values()), state, zero, gradient_dtype, plan.defers_weight_gradients)
+    if shares_out:
+        deferred = plan.defers_weight_gradients
+        replicas = WeightShards(list(stages.values()), factory, state, zero, gradient_dtype, deferred, weights_on_host)
     else:
         replicas = Replicas(model, state.gradients, gradient_dtype, config.offload.optimizer_share)
     pipeline = Pipeline(plan, stages, state, replicas.begin_microbatch, dtype)

@@ -44,8 +44,8 @@ def accumulate_gradients(training: Training, microbatches: Sequence[Batch]) -> t
     tokens = _count(training, microbatches)
     total = training.pipeline.train(microbatches, max(tokens, 1) / training.loss_scale.scale)
     training.replicas.finish()
-    sum_partial_(training.replicas.masters, training.state.tp)
-    sum_tied_(training.tied, training.state.ends)
+    sum_partial_(training.replicas.masters, training.state.tp, training.state.device)
+    sum_tied_(training.tied, training.state.ends, training.state.device)
     return _mean(training, total, tokens), tokens
 
 

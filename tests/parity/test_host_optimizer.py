@@ -12,7 +12,7 @@ from torch import Tensor
 from megasp import parallel_state
 from megasp.config.host_offload import HostOffloadConfig
 from megasp.config.layout import Layout
-from megasp.data_parallel import on_host
+from megasp.data_parallel import WeightShards, on_host
 from megasp.parallel_state import ParallelState
 from megasp.parameters import placed
 from megasp.training import optimizer as optimizer_module
@@ -27,6 +27,7 @@ from tests.ranks import run_ranks
 
 PLAIN = HostOffloadConfig()
 AWAY = HostOffloadConfig(optimizer_cpu_offload=True)
+ALL = HostOffloadConfig(optimizer_cpu_offload=True, cpu_offloading_weights=True)
 HALF = HostOffloadConfig(optimizer_cpu_offload=True, optimizer_offload_fraction=0.5)
 SMALL = {"num_layers": 2, "clip_grad": 0.1}
 
@@ -73,8 +74,11 @@ def _same(cases: list[tuple[str, dict[str, Any], HostOffloadConfig, str]]) -> No
         plain, away = started(layout, flags, PLAIN, dtype), started(layout, flags, offload, dtype)
         masters = zip(away.optimizer.masters, away.replicas.masters, strict=True)
         held = [master is not weight for master, weight in masters]
-        assert sum(held) == (len(held) if offload == AWAY else sum(on_host(away.replicas.masters, 0.5))) > 0
-        assert len(away.optimizer._buckets) > 1
+        if offload == ALL:
+            assert not any(held) and isinstance(away.replicas, WeightShards)
+        else:
+            assert sum(held) == (len(held) if offload == AWAY else sum(on_host(away.replicas.masters, 0.5))) > 0
+            assert len(away.optimizer._buckets) > 1
         assert trained(plain) == trained(away), (layout, flags)
         assert same(plain, away), (layout, flags)
 
@@ -99,6 +103,7 @@ def test_replicas_and_shards() -> None:
         ("dp2-zero3", {}, AWAY, "bfloat16"),
         ("tp2", {"sequence_parallel": True}, AWAY, "bfloat16"),
         ("pp2", {"pipeline_schedule": "zb-h1"}, AWAY, "bfloat16"),
+        ("dp2-zero3", {}, ALL, "bfloat16"),
     ]
     run_ranks(_same, 2, cases)
 
