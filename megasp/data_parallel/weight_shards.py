@@ -78,12 +78,14 @@ class WeightShards:
             factory.fill_(master.data, master.pieces)  # type: ignore[attr-defined]
 
     def _wrap(self, model: GPTModel, mesh: DeviceMesh, gradient_dtype: torch.dtype | None) -> None:
-        """Shard the embedding (if nothing else uses it), every block, and what is left, each as one group."""
+        """Shard the embedding (if nothing else uses it), every block, the final norm, and what is left, each as one
+        group. Of embeddings and head the backward needs no weight: the head's gradients come from its forward."""
         compute = next(model.parameters()).dtype
         wide = master_dtype(compute)
         policy = MixedPrecisionPolicy(compute, gradient_dtype or wide, cast_forward_inputs=False)
         alone = [model.embedding] if model.embedding is not None and model.head is not model.embedding else []
-        for unit in (*alone, *model.layers, model):
+        norm = [model.final_norm] if model.final_norm is not None else []
+        for unit in (*alone, *model.layers, *norm, model):
             for p in unit.parameters():
                 if not isinstance(p, DTensor):
                     p.data = p.data.to(wide)
@@ -98,7 +100,7 @@ class WeightShards:
             wrapped.set_custom_reduce_scatter(_ReduceScatter(self.shard_axis))
             if self.outer.size > 1:
                 wrapped.set_all_reduce_hook(self._count_all_reduce)
-        for unit in alone:
+        for unit in (*alone, model):
             unit.set_unshard_in_backward(False)  # type: ignore[operator]
 
     def _count_all_reduce(self, x: Tensor) -> None:

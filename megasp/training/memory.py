@@ -15,6 +15,7 @@ from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.config.stages import Stage, split
 from megasp.data_parallel.memory import StateBytes, state_bytes
+from megasp.errors import ConfigError
 from megasp.model import memory as model_memory
 from megasp.model.memory import Sizes
 from megasp.pipeline.memory import Peak, StageBytes, peak
@@ -136,6 +137,27 @@ def account(
         sizes.tokens,
         host,
     )
+
+
+def check_host_memory(config: Config, layout: Layout, ranks: int, memory: int) -> None:
+    """Refuse to offload more than there is room for.
+
+    Args:
+        ranks: on this machine; `memory`: its bytes.
+    Raises:
+        ConfigError: they need more.
+    """
+    if not (config.offload.optimizer_cpu_offload or config.activations.cpu_offloading_activations):
+        return
+    fullest = max((account(config, layout, rank) for rank in range(layout.pp)), key=lambda each: each.on_host)
+    if ranks * fullest.on_host > memory:
+        held = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in fullest.host.items())
+        raise ConfigError(
+            f"offloading {ranks * fullest.on_host / 1e9:.0f} GB to a host that has {memory / 1e9:.0f}",
+            f"each of its {ranks} ranks keeps {fullest.on_host / 1e9:.1f} GB there ({held})",
+            "use a smaller --optimizer-offload-fraction, shard over more ranks by "
+            "--data-parallel-sharding-strategy, or use fewer ranks a machine",
+        )
 
 
 def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:

@@ -36,7 +36,7 @@ from megasp.training.datasets import (
 )
 from megasp.training.devices import peak_tflops
 from megasp.training.learning_rate import learning_rate
-from megasp.training.memory import account
+from megasp.training.memory import account, check_host_memory
 from megasp.training.memory import table as memory_table
 from megasp.training.metrics import Metrics, Run, peak_memory_gib
 from megasp.training.resume import Progress
@@ -59,6 +59,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     config = resolve(config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     layout = validate(config, world_size, _device_type(config))
+    check_host_memory(config, layout, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), host_memory())
     device = parallel_state.initialize_distributed(
         config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes
     )
@@ -68,6 +69,11 @@ def main(argv: Sequence[str], prog: str) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _device_type(config: Config) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from megasp import parallel_state
 from megasp.config.host_offload import HostOffloadConfig
 from megasp.config.layout import Layout
+from megasp.config.schema import Config
 from megasp.data_parallel import WeightShards, on_host
 from megasp.parallel_state import ParallelState
 from megasp.parameters import placed
@@ -22,7 +23,9 @@ from megasp.training.datasets import build_datasets, build_loader, phase_of
 from megasp.training.resume import Progress
 from megasp.training.saving import Checkpoints
 from megasp.training.step import accumulate_gradients, apply_gradients, train_step
+from megasp.verify import Worst, _difference, _record
 from tests.parity.test_pipeline import config_of
+from tests.parity.test_sharding import TOLERANCE
 from tests.ranks import run_ranks
 
 PLAIN = HostOffloadConfig()
@@ -106,6 +109,51 @@ def test_replicas_and_shards() -> None:
         ("dp2-zero3", {}, ALL, "bfloat16"),
     ]
     run_ranks(_same, 2, cases)
+
+
+ALL_CASES: list[tuple[str, dict[str, Any]]] = [
+    ("dp4-zero3", {"global_batch_size": 16}),
+    ("tp2-dp2-zero3", {"sequence_parallel": True, "recompute_granularity": "full"}),
+    ("pp2-dp2-zero3", {"pipeline_schedule": "zbv", "num_layers": 4}),
+    ("dp4-dpo2-zero3", {"untie_embeddings_and_output_weights": True}),
+    ("u2-r2-zero3", {}),
+    ("tp2-pp2-zero3", {"sequence_parallel": True}),
+]
+"""With several microbatches, partial and tied gradients; the last has nobody to share with."""
+
+
+def _differences(cases: list[tuple[Config, Layout, Path]]) -> list[Worst]:
+    return [_difference(config, layout, 3, "fp64", reference) for config, layout, reference in cases]
+
+
+def test_all_on_the_host_is_as_one_process(tmp_path: Path) -> None:
+    """Weights, gradients and optimizer there, against plain weights in one process: fp64."""
+    prepared = []
+    for number, (layout, flags) in enumerate(ALL_CASES):
+        run_ranks(_record, 1, config_of("tp1", SMALL | flags), 3, "fp64", reference := tmp_path / f"{number}.pt")
+        config = dataclasses.replace(config_of(layout, SMALL | flags), offload=ALL)
+        prepared.append((config, Layout.parse(layout), reference))
+    for worsts in run_ranks(_differences, 4, prepared):
+        for (layout, _), worst in zip(ALL_CASES, worsts, strict=True):
+            assert worst.overall <= TOLERANCE, (layout, worst)
+
+
+def _all_alone(folder: Path) -> None:
+    """One rank, ZeRO-3: what it saves is what a plain run goes on from, and the other way round."""
+    flags = {"save": str(folder), "load": str(folder)}
+    begun = started("dp1-zero3", flags, ALL)
+    trained(begun, 2)
+    resume.save(begun, Progress(2, 16, 100), [phase_of(begun.config, begun.state.layout)])
+    plain, again = started("dp1", flags, PLAIN), started("dp1-zero3", flags, ALL)
+    for training in (plain, again):
+        resume.resume(training, resume.find(training.config, training.state))
+        assert all(map(torch.equal, state(begun), state(training)))
+    assert trained(begun, 1) == trained(again, 1) == trained(plain, 1)
+    assert all(map(torch.equal, state(begun), state(plain))) and all(map(torch.equal, state(begun), state(again)))
+
+
+def test_all_on_the_host_of_one_rank(tmp_path: Path) -> None:
+    run_ranks(_all_alone, 1, tmp_path)
 
 
 def test_overflow_changes_nothing() -> None:

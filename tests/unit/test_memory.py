@@ -9,7 +9,8 @@ from megasp.config.layout import Layout
 from megasp.config.load import from_values
 from megasp.config.schema import Config
 from megasp.config.validate import validate
-from megasp.training.memory import account
+from megasp.errors import ConfigError
+from megasp.training.memory import account, check_host_memory
 
 SMALL: dict[str, Any] = {
     "num_layers": 4, "hidden_size": 256, "ffn_hidden_size": 704, "num_attention_heads": 8,
@@ -95,6 +96,25 @@ def test_zero_shares_states_out() -> None:
 
     assert [per_parameter(zero) for zero in range(4)] == [18, 7.5, 4, 2]
     assert per_parameter(1, gradient_item=2) == 5.5, "with bf16 gradients: Llama-3 8B on 8 H100s, 44.27e9 bytes"
+
+
+def test_weights_on_the_host() -> None:
+    """ZeRO-3 over 8 ranks with all on the host: 16 bytes a parameter there, and on the device a few layers."""
+    strategy = {"data_parallel_sharding_strategy": "optim_grads_params", "global_batch_size": 8}
+    config, layout = configured(strategy | HOST | {"cpu_offloading_weights": True}, 8)
+    all_there, plain = account(config, layout), account(configured(strategy, 8)[0], layout)
+    assert all_there.on_host == plain.static, "fp32 weights, gradients and moments"
+    assert all_there.static == 0 < all_there.states.gathered
+    assert all_there.total < plain.total
+
+
+def test_no_room_on_the_host() -> None:
+    config, layout = configured(HOST, 1)
+    needed = account(config, layout).on_host
+    check_host_memory(config, layout, 2, 2 * needed)
+    with pytest.raises(ConfigError, match=r"each of its 2 ranks keeps 0\.\d GB there \(master weights"):
+        check_host_memory(config, layout, 2, 2 * needed - 1)
+    check_host_memory(configured({}, 1)[0], layout, 2, 0)
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
