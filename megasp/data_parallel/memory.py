@@ -9,7 +9,8 @@ class StateBytes:
 
     Attributes:
         parameters: in the compute dtype; `masters`: their fp32 copies, where they are other tensors.
-        gradients: what they are summed in; `growing` where there is no buffer: they are made by the first backward.
+        gradients: most that they are summed in; `growing`: bytes of an element where there is no buffer, so that a
+            step's first backward makes them; 0 where there is one.
         optimizer: Adam's two moments.
         gathered: weights that are there whole at a time, where they are sharded: of the layer that runs, of the next
             one, and of the head.
@@ -25,7 +26,7 @@ class StateBytes:
     gathered: int
     reducing: int
     lingering: int
-    growing: bool
+    growing: float
     host: dict[str, int] = field(default_factory=dict)
 
 
@@ -67,6 +68,10 @@ def state_bytes(
         """What stays on the device."""
         return 0 if host_weights else size - round(share * size)
 
+    if zero == 1 and microbatches > 1:
+        growing = float(gradient_item)
+    else:
+        growing = wide / shards if zero else wide * (not copies and ranks == 1)
     masters, moments = held(wide, 1), held(2 * wide, 1)
     host = {
         "master weights": masters if host_weights else round(host_share * masters),
@@ -77,11 +82,11 @@ def state_bytes(
         parameters=0 if zero == 3 else elements * item,
         # Sharded ones stay, for it is from them that weights are gathered.
         masters=left(masters, 0 if zero else host_share) if copies else 0,
-        gradients=left(held(gradient_item, 2), 0),
+        gradients=0 if host_weights else round(elements * (growing or gradient_item)),
         optimizer=left(moments),
         gathered=(2 * layer + heads) * item + host_weights * -(-layer // shards) * wide if zero == 3 else 0,
         reducing=layer * gradient_item if zero else 0,
         lingering=heads * gradient_item if zero > 1 and microbatches > 1 else 0,
-        growing=not copies and ranks == 1,
+        growing=0 if host_weights else growing,
         host={name: size for name, size in host.items() if size},
     )

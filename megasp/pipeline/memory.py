@@ -94,7 +94,8 @@ class _Walk:
         before = self.kept
         most, gradients = getattr(self, {"F": "_forward", "W": "_weights"}.get(action.kind, "_backward"))(action)
         messages = self.message * (len(self.arriving) + sum(map(len, self.sending.values())))
-        moment = Peak(action, dict(self.live), before, most - before, messages, gradients)
+        kept = min(before, most)  # at a backward's end little of it is left
+        moment = Peak(action, dict(self.live), kept, most - kept, messages, gradients)
         self._after(action)
         return moment
 

@@ -118,8 +118,7 @@ def account(
     states = state_bytes(
         elements, layer, heads, sizes.item, ranks, shards, zero, gradient_item, microbatches, share, host_weights
     )
-    growing = max(sizes.item, 4) if states.growing else 0
-    stages = {stage.number: _stage(config, sizes, stage, growing, states.reducing) for stage in mine}
+    stages = {stage.number: _stage(config, sizes, stage, states.growing, states.reducing) for stage in mine}
     steps = schedule(plan.schedule, plan.ranks, microbatches, plan.chunks)
     fullest = peak(steps, pipeline_rank, stages, sizes.rows * model.hidden_size * sizes.item)
     live = Counter(fullest.live) + Counter([fullest.action.stage] * (fullest.action.kind == "F"))
@@ -189,7 +188,7 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
     )
 
 
-def _stage(config: Config, sizes: Sizes, stage: Stage, growing: int, reducing: int) -> StageBytes:
+def _stage(config: Config, sizes: Sizes, stage: Stage, growing: float, reducing: int) -> StageBytes:
     """One microbatch through a stage; `growing` is the bytes of a gradient that has no buffer, `reducing` of those of a
     layer that are reduced meanwhile."""
     model = config.model
@@ -207,7 +206,7 @@ def _stage(config: Config, sizes: Sizes, stage: Stage, growing: int, reducing: i
         pieces.append(model_memory.last_footprint(model, sizes))
         gradients.append(ends["final norm"] + ends.get("head", 0))
     tables = model_memory.tables(model, sizes)
-    return StageBytes(pieces, [growing * count for count in gradients], tables, reducing, int(stage.last))
+    return StageBytes(pieces, [round(growing * count) for count in gradients], tables, reducing, int(stage.last))
 
 
 def table(accounts: Sequence[Account], measured: Mapping[str, Sequence[int]] | None = None) -> list[str]:

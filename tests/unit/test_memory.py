@@ -54,6 +54,8 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "u-r-tp": ({"ulysses_size": 2, "ring_size": 2} | SP, 8),
     "zero1": ({"data_parallel_sharding_strategy": "optim", "global_batch_size": 4}, 2),
     "zero2": ({"data_parallel_sharding_strategy": "optim_grads", "global_batch_size": 4}, 2),
+    "zero1-once": ({"data_parallel_sharding_strategy": "optim"}, 2),
+    "zero3-once": ({"data_parallel_sharding_strategy": "optim_grads_params"}, 2),
     "zero3": ({"data_parallel_sharding_strategy": "optim_grads_params", "global_batch_size": 4}, 2),
     "host": (HOST | {"seq_length": 1024}, 1),
     "host-half": (HOST | {"optimizer_offload_fraction": 0.5, "seq_length": 1024}, 1),
@@ -91,7 +93,7 @@ def test_zero_shares_states_out() -> None:
     from megasp.data_parallel.memory import state_bytes
 
     def per_parameter(zero: int, gradient_item: int | None = None) -> float:
-        s = state_bytes(8_000_000, 0, 0, 2, 8, 8, zero, gradient_item)
+        s = state_bytes(8_000_000, 0, 0, 2, 8, 8, zero, gradient_item, microbatches=2)
         return (s.parameters + s.masters + s.gradients + s.optimizer) / 8e6
 
     assert [per_parameter(zero) for zero in range(4)] == [18, 7.5, 4, 2]
