@@ -89,10 +89,6 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--activations-checkpoint-num-layers",
     ),
     (
-        "--sequence-parallel splits what is saved over the tensor-parallel ranks, and what is not saved, too",
-        "--distribute-saved-activations",
-    ),
-    (
         "each kind of offloading has its own flag: --cpu-offloading-activations, --optimizer-cpu-offload, "
         "--cpu-offloading-weights",
         "--cpu-offloading",

@@ -15,7 +15,7 @@ the shards may be in the host's memory. A block's are then copied to the device 
 ahead, and the sums of its gradients go to the host behind its backward.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,7 @@ class WeightShards:
         zero_stage: 1, 2 or 3.
         gradient_dtype: of accumulation and reduction; fp32 or wider without it.
         deferred: weight gradients come apart from the backward.
+        widen: gradients of a microbatch are made in the gradient dtype, and not in the compute dtype.
         on_host: with ZeRO-3: shards of weights and gradients, and so `masters`, are in the host's memory.
     """
 
@@ -56,9 +57,10 @@ class WeightShards:
         zero_stage: int,
         gradient_dtype: torch.dtype | None = None,
         deferred: bool = False,
+        widen: bool = False,
         on_host: bool = False,
     ) -> None:
-        self.zero_stage, self.deferred = zero_stage, deferred
+        self.zero_stage, self.deferred, self.widen = zero_stage, deferred, widen
         self._offload = CPUOffloadPolicy(pin_memory=state.device.type == "cuda") if on_host else OffloadPolicy()
         self.shard_axis, self.outer = state.axes["dp_cp"], state.axes["dp_outer"]
         self.owner = self.outer.rank == 0
@@ -98,6 +100,8 @@ class WeightShards:
             wrapped.set_force_sum_reduction_for_comms(True)
             wrapped.set_custom_all_gather(_AllGather(self.shard_axis))
             wrapped.set_custom_reduce_scatter(_ReduceScatter(self.shard_axis))
+            if self.widen:
+                wrapped.register_forward_pre_hook(_takes_gradients_in(policy.reduce_dtype))
             if self.outer.size > 1:
                 wrapped.set_all_reduce_hook(self._count_all_reduce)
         for unit in (*alone, model):
@@ -165,6 +169,17 @@ def _master(parameter: nn.Parameter, pieces: tuple[Piece, ...], axis: Axis) -> n
     assert master.shape[0] == stop - start, (parameter.shape, axis)
     master.pieces = rows_of(pieces, start, stop)  # type: ignore[attr-defined]
     return master
+
+
+def _takes_gradients_in(dtype: torch.dtype | None) -> Callable[[nn.Module, object], None]:
+    """A hook that has the weights of a group, which are there whole from its first forward on, take gradients so."""
+
+    def hook(unit: nn.Module, inputs: object) -> None:
+        for p in unit.parameters():
+            if not isinstance(p, DTensor) and p.grad_dtype != dtype:
+                p.grad_dtype = dtype
+
+    return hook
 
 
 def _take_gradients(root: FSDPModule) -> None:

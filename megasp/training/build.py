@@ -15,8 +15,8 @@ from megasp.pipeline.executor import Pipeline
 from megasp.pipeline.schedules import placement
 from megasp.sequence_parallel import Mask, SequenceAttention, kernels
 from megasp.sequence_parallel.shards import Shards, shards
+from megasp.training.host_optimizer import MasterOptimizer
 from megasp.training.loss_scale import LossScale
-from megasp.training.optimizer import MasterAdamW
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Training:
     model: nn.ModuleList
     pipeline: Pipeline
     replicas: Replicas | WeightShards
-    optimizer: MasterAdamW
+    optimizer: MasterOptimizer
     loss_scale: LossScale
     attention_kernel: str
 
@@ -82,14 +82,17 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
     }
     model = nn.ModuleList(stages.values())
     gradient_dtype = torch.bfloat16 if config.training.grad_reduce_in_bf16 else None
+    widen = config.training.widens_gradients(state.device.type)
     replicas: Replicas | WeightShards
     if shares_out:
         deferred = plan.defers_weight_gradients
-        replicas = WeightShards(list(stages.values()), factory, state, zero, gradient_dtype, deferred, weights_on_host)
+        replicas = WeightShards(
+            list(stages.values()), factory, state, zero, gradient_dtype, deferred, widen, weights_on_host
+        )
     else:
-        replicas = Replicas(model, state.gradients, gradient_dtype, config.offload.optimizer_share)
+        replicas = Replicas(model, state.gradients, gradient_dtype, widen, config.offload.optimizer_share)
     pipeline = Pipeline(plan, stages, state, replicas.begin_microbatch, dtype)
-    optimizer = MasterAdamW(replicas.masters, config.optimizer, config.offload.optimizer_share)
+    optimizer = MasterOptimizer(replicas.masters, config.optimizer, config.offload.optimizer_share)
     loss_scale = LossScale.of(config)
     return Training(config, state, held, model, pipeline, replicas, optimizer, loss_scale, kernel)
 

@@ -59,7 +59,8 @@ def apply_gradients(training: Training, lr: float) -> float:
     finite = bool(torch.isfinite(norm))
     if finite:
         clip_(masters, norm, training.config.optimizer.clip_grad, scale.scale)
-        set_learning_rate(training.optimizer, lr)
+        for part in training.optimizer.parts:
+            set_learning_rate(part, lr)
         training.optimizer.step()
     scale.update(overflow=not finite)
     training.replicas.publish()

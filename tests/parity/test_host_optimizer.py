@@ -16,8 +16,7 @@ from megasp.config.schema import Config
 from megasp.data_parallel import WeightShards, on_host
 from megasp.parallel_state import ParallelState
 from megasp.parameters import placed
-from megasp.training import optimizer as optimizer_module
-from megasp.training import resume
+from megasp.training import host_optimizer, resume
 from megasp.training.build import Training, build
 from megasp.training.datasets import build_datasets, build_loader, phase_of
 from megasp.training.resume import Progress
@@ -37,7 +36,7 @@ SMALL = {"num_layers": 2, "clip_grad": 0.1}
 
 def started(layout: str, flags: dict[str, Any], offload: HostOffloadConfig, dtype: str = "bfloat16") -> Training:
     """Small buckets, so that there are several; the rules would refuse offloading on a CPU."""
-    optimizer_module.BUCKET_ELEMENTS = 1000
+    host_optimizer.BUCKET_ELEMENTS = 1000
     config = dataclasses.replace(config_of(layout, SMALL | flags), offload=offload)
     alone = layout == "tp1"
     state = ParallelState.single() if alone else parallel_state.build(Layout.parse(layout), torch.device("cpu"))

@@ -16,7 +16,7 @@ from megasp.parallel_state import ParallelState
 from megasp.training import resume
 from megasp.training.build import Training, build
 from megasp.training.datasets import phase_of
-from megasp.training.optimizer import MasterAdamW, set_learning_rate, set_step
+from megasp.training.optimizer import build_optimizer, set_learning_rate, set_step
 from megasp.training.resume import Progress
 from megasp.training.step import accumulate_gradients, apply_gradients, evaluate, train_step
 
@@ -166,7 +166,7 @@ def test_state_and_step_counter() -> None:
     set_learning_rate(held.optimizer, 0.5)
     assert [group["lr"] for group in held.optimizer.param_groups] == [0.5, 0.5]
     config = dataclasses.replace(held.config.optimizer, lr=None)
-    assert MasterAdamW(held.replicas.masters, config).param_groups[0]["lr"] == 0.0
+    assert build_optimizer(held.replicas.masters, config).param_groups[0]["lr"] == 0.0
 
 
 def counters(held: Training) -> set[float]:
