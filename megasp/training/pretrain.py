@@ -59,7 +59,11 @@ def main(argv: Sequence[str], prog: str) -> int:
     config = resolve(config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     layout = validate(config, world_size, _device_type(config))
-    check_host_memory(config, layout, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), host_memory())
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    check_host_memory(config, layout, ranks_here, host_memory())
+    if config.offload.optimizer_cpu_offload:  # torchrun leaves each rank one
+        torch.set_num_threads(max(torch.get_num_threads(), (os.cpu_count() or 1) // ranks_here))
+        log.info(f"the optimizer's step on the host runs in {torch.get_num_threads()} threads of each rank")
     device = parallel_state.initialize_distributed(
         config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes
     )

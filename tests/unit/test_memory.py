@@ -64,7 +64,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "zero3": ({"data_parallel_sharding_strategy": "optim_grads_params", "global_batch_size": 4}, 2),
     "host": (HOST | {"seq_length": 1024}, 1),
     "host-half": (HOST | {"optimizer_offload_fraction": 0.5, "seq_length": 1024}, 1),
-    "host-fp32": (HOST | {"bf16": False}, 1),
+    "host-fp32": (HOST | {"bf16": False, "seq_length": 1024}, 1),
     "host-dp": (HOST | {"global_batch_size": 4, "seq_length": 1024}, 2),
     "host-zero1": (HOST | {"data_parallel_sharding_strategy": "optim", "global_batch_size": 4}, 2),
     "host-zero3": (HOST | {"data_parallel_sharding_strategy": "optim_grads_params", "global_batch_size": 4}, 2),
