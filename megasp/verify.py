@@ -228,7 +228,7 @@ def _train(config: Config, layout: Layout, steps: int, dtype: str) -> tuple[list
             losses.append(accumulate_gradients(training, loader.step())[0])
             gradients += [item for p in masters for item in _boxes(step, p, p.grad)]
             apply_gradients(training, learning_rate(step, config.optimizer, config.train_steps(layout)))
-    return losses, gradients, [item for p in masters for item in _boxes(0, p, p.data)]
+    return losses, gradients, [item for p in training.optimizer.masters for item in _boxes(0, p, p.data)]
 
 
 def _boxes(label: int, parameter: nn.Parameter, values: Tensor | None) -> Held:

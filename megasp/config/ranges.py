@@ -64,6 +64,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("adam_beta1", "adam_beta2"), DECAY),
     "lr_warmup_fraction": Range("between 0 and 1", 0, 1),
     "rotary_percent": SHARE,
+    "optimizer_offload_fraction": SHARE,
     "rotary_scaling_factor": Range("at least 1", 1),
 }  # fmt: skip
 

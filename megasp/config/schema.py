@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from megasp.config.batch_schedule import BatchSchedule
 from megasp.config.flags import flag
+from megasp.config.host_offload import HostOffloadConfig
 from megasp.config.layout import Layout
 from megasp.config.loss_scale import LossScaleConfig
 from megasp.config.model import ModelConfig
@@ -266,6 +267,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     loss_scaling: LossScaleConfig = field(default_factory=LossScaleConfig)
     activations: ActivationConfig = field(default_factory=ActivationConfig)
+    offload: HostOffloadConfig = field(default_factory=HostOffloadConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

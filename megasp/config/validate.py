@@ -3,7 +3,7 @@
 `validate(config, world_size)` raises one `ConfigError`: what was given, the rule, the nearest values that work.
 """
 
-from megasp.config import activation_memory, stages
+from megasp.config import activation_memory, host_offload, stages
 from megasp.config.data_rules import check_data
 from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
@@ -35,6 +35,7 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
     _ignored(config)
     _attention_kernel(config, device)
     activation_memory.check(config, layout, device)
+    host_offload.check(config, device)
     return layout
 
 

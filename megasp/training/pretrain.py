@@ -36,7 +36,7 @@ from megasp.training.datasets import (
 )
 from megasp.training.devices import peak_tflops
 from megasp.training.learning_rate import learning_rate
-from megasp.training.memory import account
+from megasp.training.memory import account, check_host_memory
 from megasp.training.memory import table as memory_table
 from megasp.training.metrics import Metrics, Run, peak_memory_gib
 from megasp.training.resume import Progress
@@ -59,6 +59,11 @@ def main(argv: Sequence[str], prog: str) -> int:
     config = on_nodes(resolve(config), process_group.ranks_of_node())
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     layout = validate(config, world_size, _device_type(config))
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    check_host_memory(config, layout, ranks_here, host_memory())
+    if config.offload.optimizer_cpu_offload:  # torchrun leaves each rank one
+        torch.set_num_threads(max(torch.get_num_threads(), (os.cpu_count() or 1) // ranks_here))
+        log.info(f"the optimizer's step on the host runs in {torch.get_num_threads()} threads of each rank")
     device = parallel_state.initialize_distributed(
         config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes
     )
@@ -71,6 +76,11 @@ def main(argv: Sequence[str], prog: str) -> int:
         raise
     leave(failed=False)
     return 0
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _device_type(config: Config) -> str:
