@@ -92,7 +92,7 @@ def parameters(model: ModelConfig, run: Run, rank: int) -> tuple[tuple[Piece, ..
 def held(model: ModelConfig, run: Run, rank: int, fill: bool) -> list[Shard]:
     """The shards of a rank."""
     state = state_of(run.layout, rank)
-    sharing, owner = state.axes["dp_cp"], state.axes["dp_outer" if run.sharded else "gradients"].rank == 0
+    sharing, replicas = state.axes["dp_cp"], state.axes["dp_outer"] if run.sharded else state.gradients
     found = []
     for kind, pieces in itertools.product(KINDS, parameters(model, run, rank)):
         if run.sharded:
@@ -103,7 +103,7 @@ def held(model: ModelConfig, run: Run, rank: int, fill: bool) -> list[Shard]:
         tensor = zeros(local_shape(pieces)) if pieces else zeros(0, 1)
         for piece, local in placed(pieces) if fill else ():
             tensor[local.slices] = reference(kind, piece)[piece.box.slices]
-        found.append(Shard(kind, tensor, pieces, owner=owner))
+        found.append(Shard(kind, tensor, pieces, owner=replicas.rank == 0))
     return found
 
 
