@@ -47,7 +47,7 @@ def state_bytes(
 
     Args:
         elements: of all its parameters; `layer`: of one layer, which are gathered and reduced together; `heads`: of
-            final norm and head, which stay gathered from their forward to their backward.
+            final norm and head, which are gathered through the forward.
         item: bytes of an element in the compute dtype.
         ranks: over which gradients are summed; `shards`: of those, over which states are sharded.
         zero: ZeRO stage (arXiv 1910.02054): 1 shards optimizer states and masters, 2 gradients, too, 3 weights, too.
