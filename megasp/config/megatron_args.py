@@ -126,6 +126,8 @@ def config_of(args: Mapping[str, Any], given: Mapping[str, Any], rows: int) -> t
         values["data_order"] = "megatron"
     if values.get("reset_position_ids") or values.get("reset_attention_mask"):
         values["eod_starts_document"] = True  # its only rule
+    if values.get("position_embedding_type") != "rope":  # what they are, Megatron-LM keeps all the same
+        values = {name: value for name, value in values.items() if not name.startswith("rotary_")}
     values |= {**_vocabulary(args, rows), **given}
     if values.get("num_query_groups"):
         values["group_query_attention"] = True
