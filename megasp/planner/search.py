@@ -78,6 +78,7 @@ class Found:
         illegal: axes that cannot run, with the rule's sentence.
         too_large: axes of which something does not fit, with the smallest of those, in
             bytes, and its values.
+        host: least memory of a node's host that what fits the GPUs needs, where no host has it.
         tried: combinations that were timed; `accounts`: of those, whose memory was counted by the account.
         space: combinations of axes.
     """
@@ -86,6 +87,7 @@ class Found:
     bounds: dict[Key, tuple[float, Job]] = field(default_factory=dict)
     illegal: dict[Key, ConfigError] = field(default_factory=dict)
     too_large: dict[Key, tuple[float, Values]] = field(default_factory=dict)
+    host: float = float("inf")
     tried: int = 0
     accounts: int = 0
     space: int = 0
@@ -284,8 +286,13 @@ class _Search:
         ranks = tuple(memory(self.request.with_values(values), layout, ends(layout)))
         peak = self._noted(axes, values, max(rank.needed for rank in ranks))
         hardware = self.request.hardware
-        share = hardware.host_memory / min(hardware.node_gpus, layout.world_size)
-        return ranks if peak <= hardware.memory and max(rank.host for rank in ranks) <= share else None
+        node = max(rank.host for rank in ranks) * min(hardware.node_gpus, layout.world_size)
+        if peak > hardware.memory:
+            return None
+        if node > hardware.host_memory:
+            self.found.host = min(self.found.host, node)
+            return None
+        return ranks
 
     def _noted(self, axes: Values, values: Values, peak: float) -> float:
         key = axes_key(axes)

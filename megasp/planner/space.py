@@ -11,6 +11,7 @@ from typing import Any
 from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.config.validate import validate
+from megasp.errors import ConfigError
 from megasp.planner.hardware import Hardware
 from megasp.planner.job import Job, Redone
 
@@ -66,6 +67,14 @@ class Request:
         """
         config = self.with_values(values)
         return config, validate(config, self.gpus, "cuda")
+
+    def is_legal(self, axes: Values) -> bool:
+        """Whether axes can run, with one sample in a microbatch where that is free."""
+        try:
+            self.legal(axes | ({"micro_batch_size": 1} if self.free("micro_batch_size") else {}))
+        except ConfigError:
+            return False
+        return True
 
 
 def with_values(config: Config, values: Values) -> Config:
