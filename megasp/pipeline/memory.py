@@ -102,8 +102,9 @@ class _Walk:
         before = self.kept
         most, gradients = getattr(self, {"F": "_forward", "W": "_weights"}.get(action.kind, "_backward"))(action)
         messages = self.message * (len(self.arriving) + sum(map(len, self.sending.values())))
+        kept = min(before, most)  # at a backward's end little of it is left
         if self.fullest is None or most + messages + gradients > self.fullest.total:
-            self.fullest = Peak(action, dict(self.live), before, most - before, messages, gradients)
+            self.fullest = Peak(action, dict(self.live), kept, most - kept, messages, gradients)
         self._after(action)
 
     def _forward(self, action: Action) -> tuple[int, int]:

@@ -54,7 +54,7 @@ def memory(config: Config, layout: Layout, ranks: Sequence[int] | None = None) -
     short = shortened(config, layout)
     chosen = range(layout.pp) if ranks is None else ranks
     accounts = [account(short, layout, rank) for rank in chosen]
-    return [Memory(each.pipeline_rank, dict(each.rows()), each.host) for each in accounts]
+    return [Memory(each.pipeline_rank, dict(each.rows()), each.on_host) for each in accounts]
 
 
 def ends(layout: Layout) -> list[int]:
