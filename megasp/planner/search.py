@@ -94,8 +94,11 @@ class Found:
 
 
 def search(request: Request) -> Found:
-    """The answers to a request, and why others are none."""
-    return _Search(request).run()
+    """The answers to a request, and why others are none; where nothing fits, with the host's memory."""
+    found = _Search(request).run()
+    if found.plans or request.host or not found.too_large:
+        return found
+    return _Search(replace(request, host=True)).run()
 
 
 def axes_key(axes: Values) -> Key:
@@ -206,11 +209,19 @@ class _Search:
 
     def _least(self, job: Job) -> float:
         """Seconds that a job takes however it is sharded."""
-        bare = replace(job, zero=0)
+        bare = replace(job, zero=0, offload_weights=False)
         return least_seconds(bare, self.rates, self._microbatch(bare))
 
     def _microbatch(self, job: Job) -> Microbatch:
-        key = (job.layout, job.ring_mode, job.micro_batch, job.zero, job.recompute, job.offload_activations)
+        key = (
+            job.layout,
+            job.ring_mode,
+            job.micro_batch,
+            job.recompute,
+            job.offload_activations,
+            job.zero,
+            job.offload_weights,
+        )
         if key not in self._microbatches:
             self._microbatches[key] = Microbatch.of(job, self.rates)
         return self._microbatches[key]
@@ -277,7 +288,7 @@ class _Search:
                 self._sizes[size] = config, sizes_of(config, job.layout, "cuda")
             self._floors[shape, size] = Floor.of(self._ends[shape], *self._sizes[size], job.microbatches)
         key = shape, size
-        peak = self._floors[key].needed(option.layout)
+        peak = self._floors[key].needed(option.layout, option.host)
         return self._noted(axes, values | option.values, peak) <= self.request.hardware.memory
 
     def _memory(self, axes: Values, values: Values, layout: Layout) -> tuple[Memory, ...] | None:
