@@ -45,7 +45,7 @@ def test_little_is_looked_into() -> None:
     few are counted by the account, and fewer simulated."""
     big = request(64, **{**PRESETS["llama3-70b"], "seq_length": 8192, "global_batch_size": 1024})
     found = search(big)
-    assert found.space > 300 and found.tried < 3000 and found.accounts < 400
+    assert found.space > 300 and found.tried < 3500 and found.accounts < 400
     assert all(plan.time.parts for plan in found.plans[:SIMULATED])
     assert not any(plan.time.parts for plan in found.plans[SIMULATED:])
 
@@ -103,7 +103,7 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model llama3-8b --gpus 0 --global-batch-size 8", "--gpus 0"),
         ("--model llama3-9b --gpus 8", "as --help says"),
         ("--model llama3-8b --gpus 8 --global-batch-size 8 --gpuss 3", "did you mean --gpus"),
-        ("--model llama3-70b --gpus 1 --global-batch-size 8 --micro-batch-size 1", "no layout fits"),
+        ("--model llama3.1-405b --gpus 1 --global-batch-size 8 --micro-batch-size 1", "no layout fits"),
         ("--model llama3-8b --gpus 8 --global-batch-size 8 --explain tp3", "ranks must be"),
         ("--model llama3-8b --gpus 8 --global-batch-size 8 --explain t8", "layout name"),
         ("--model llama3-8b --gpus 6 --global-batch-size 8 --tensor-model-parallel-size 6", "num-attention-heads"),
