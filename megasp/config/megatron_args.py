@@ -40,7 +40,6 @@ SERVED: dict[str, tuple[Any, ...]] = {
     "is_hybrid_model": (False,),
     "experimental_attention_variant": (None,),
     "linear_attention_type": (None,),
-    "apply_layernorm_1p": (False,),
     "apply_residual_connection_post_layernorm": (False,),
     "qk_l2_norm": (False,),
     "quick_geglu": (False,),

@@ -142,8 +142,8 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--use-fused-weighted-squared-relu",
     ),
     (
-        "norms stand before attention and MLP, with weights that start at one: use --normalization",
-        "--apply-layernorm-1p --apply-residual-connection-post-layernorm --qk-l2-norm",
+        "norms stand before attention and MLP, and have weights: use --normalization",
+        "--apply-residual-connection-post-layernorm --qk-l2-norm",
     ),
     (
         "every layer has the same window (--window-size)",
@@ -263,7 +263,7 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
     # Checkpoints
     (
         "checkpoints have one format, safetensors with a JSON manifest, which any layout loads",
-        "--ckpt-format --dist-ckpt-format --ckpt-convert-format --ckpt-convert-save --auto-detect-ckpt-format "
+        "--dist-ckpt-format --ckpt-convert-format --ckpt-convert-save --auto-detect-ckpt-format "
         "--ckpt-convert-update-legacy-dist-opt-format --no-ckpt-fully-parallel-save --dist-ckpt-strictness "
         "--dist-ckpt-save-pre-mcore-014 --load-main-params-from-ckpt --no-strict-fsdp-dtensor-load",
     ),
