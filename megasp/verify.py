@@ -225,9 +225,10 @@ def _train(config: Config, layout: Layout, steps: int, dtype: str) -> tuple[list
     gradients: Held = []
     with build_loader(config, state, training.shards, build_datasets(config).train) as loader:
         for step in range(steps):
+            done = config.training.done(step, loader.consumed_samples)
             losses.append(accumulate_gradients(training, loader.step())[0])
             gradients += [item for p in masters for item in _boxes(step, p, p.grad)]
-            apply_gradients(training, learning_rate(step, config.optimizer, config.train_steps(layout)))
+            apply_gradients(training, learning_rate(done, config.optimizer, config.training.length))
     return losses, gradients, [item for p in training.optimizer.masters for item in _boxes(0, p, p.data)]
 
 

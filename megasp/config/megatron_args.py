@@ -79,9 +79,6 @@ RULES: tuple[Rule, ...] = (
 """Settings whose names or values differ here; in order, the last that speaks wins."""
 
 NOT_CARRIED = {
-    "lr_decay_samples": "--lr-decay-iters",
-    "lr_warmup_samples": "--lr-warmup-iters",
-    "lr_wsd_decay_samples": "--lr-wsd-decay-iters",
     "lr_decay_style": "--lr-decay-style",
     "optimizer": "nothing, for AdamW is the optimizer here",
     "weight_decay_incr_style": "a constant --weight-decay",
@@ -91,7 +88,7 @@ NOT_CARRIED = {
     "tokenizer_type": "--tokenizer-type and what it needs",
 }
 """Settings of training that may not be taken over -> what to give instead."""
-_NOTHING = {"lr_warmup_samples": (0,), "weight_decay_incr_style": ("constant",)}
+_NOTHING = {"weight_decay_incr_style": ("constant",)}
 """Their values that ask for nothing (None never does)."""
 
 

@@ -112,11 +112,6 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--batch-size",
     ),
     (
-        "the schedule counts steps: divide by --global-batch-size and use --lr-decay-iters, --lr-warmup-iters or "
-        "--lr-wsd-decay-iters",
-        "--lr-decay-samples --lr-warmup-samples --lr-wsd-decay-samples",
-    ),
-    (
         "it was renamed long ago: use --lr-warmup-iters or --lr-warmup-fraction",
         "--warmup",
     ),

@@ -145,7 +145,8 @@ class _Loop:
         config = self.training.config
         start = progress.step
         while progress.step < train_steps:
-            lr = learning_rate(progress.step, config.optimizer, train_steps)
+            done = config.training.done(progress.step, progress.samples)
+            lr = learning_rate(done, config.optimizer, config.training.length)
             began = time.perf_counter()
             microbatches = self.loader.step()
             communication.reset(self.training)
