@@ -82,7 +82,6 @@ NOT_CARRIED = {
     "lr_decay_style": "--lr-decay-style",
     "optimizer": "nothing, for AdamW is the optimizer here",
     "weight_decay_incr_style": "a constant --weight-decay",
-    "decoupled_lr": "one --lr for all weights",
     "data_args_path": "--data-path",
     "per_split_data_args_path": "--train-data-path",
     "tokenizer_type": "--tokenizer-type and what it needs",

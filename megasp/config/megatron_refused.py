@@ -116,9 +116,8 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--warmup",
     ),
     (
-        "all parameters share one learning rate, and weight decay is constant: use --lr, --min-lr and --weight-decay",
-        "--decoupled-lr --decoupled-min-lr --start-weight-decay --end-weight-decay --dump-param-to-param-group-map "
-        "--head-lr-mult",
+        "learning rates are --lr and --decoupled-lr, and weight decay is constant: use --weight-decay",
+        "--start-weight-decay --end-weight-decay --dump-param-to-param-group-map --head-lr-mult",
     ),
     (
         "the schedule comes from this run's flags, never from a checkpoint: repeat them, as the effective config "

@@ -50,14 +50,14 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(
         (
             "window_size", "attention_sinks", "num_workers", "eval_iters", "lr_warmup_iters", "lr_warmup_samples",
-            "min_lr",
-            "lr_warmup_init", "weight_decay", "clip_grad", "init_method_std", "adam_eps", "norm_epsilon", "seed",
+            "min_lr", "decoupled_min_lr", "lr_warmup_init", "weight_decay", "clip_grad", "init_method_std", "adam_eps",
+            "norm_epsilon", "seed",
         ),
         COUNT,
     ),
     **dict.fromkeys(
         (
-            "lr", "rotary_base", "distributed_timeout_minutes", "exit_duration_in_mins",
+            "lr", "decoupled_lr", "rotary_base", "distributed_timeout_minutes", "exit_duration_in_mins",
             "peak_tflops", "loss_scale", "initial_loss_scale", "min_loss_scale",
         ),
         POSITIVE,

@@ -1,6 +1,6 @@
 """The rules of the learning rate's schedule."""
 
-from megasp.config.schema import Config
+from megasp.config.schema import Config, OptimizerConfig
 from megasp.errors import ConfigError
 
 PHASES = ("lr_decay", "lr_warmup", "lr_wsd_decay")
@@ -21,13 +21,21 @@ def check_schedule(config: Config) -> None:
             raise ConfigError(got, rule, fix)
     if optimizer.lr_warmup_fraction is not None and getattr(optimizer, f"lr_warmup_{unit}"):
         raise ConfigError(f"--lr-warmup-fraction and --lr-warmup-{unit}", "they say the same", "leave one out")
-    for name in ("min_lr", "lr_warmup_init"):
-        if getattr(optimizer, name) > (optimizer.lr or 0):
-            flag = name.replace("_", "-")
-            raise ConfigError(
-                f"{flag} {getattr(optimizer, name)} and lr {optimizer.lr}", "it is at most lr", f"lower --{flag}"
-            )
+    _rates(optimizer)
     _lengths(config, "samples" if training.train_samples else "steps")
+
+
+def _rates(optimizer: OptimizerConfig) -> None:
+    ends, decoupled = optimizer.of_ends, "decoupled-" if optimizer.decoupled_lr is not None else ""
+    low = decoupled if optimizer.decoupled_min_lr is not None else ""
+    for flag, value, peak, name in (
+        ("min-lr", optimizer.min_lr, optimizer.lr, "lr"),
+        (f"{low}min-lr", ends.min_lr, ends.lr, f"{decoupled}lr"),
+        ("lr-warmup-init", optimizer.lr_warmup_init, optimizer.lr, "lr"),
+        ("lr-warmup-init", optimizer.lr_warmup_init, ends.lr, f"{decoupled}lr"),
+    ):
+        if value > (peak or 0):
+            raise ConfigError(f"{flag} {value} and {name} {peak}", f"it is at most {name}", f"lower --{flag}")
 
 
 def _lengths(config: Config, unit: str) -> None:

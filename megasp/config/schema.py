@@ -3,7 +3,7 @@
 Names and defaults are Megatron-LM's wherever it has the flag. Values that follow from others are properties.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megasp.config.batch_schedule import BatchSchedule
 from megasp.config.flags import flag
@@ -139,6 +139,8 @@ class OptimizerConfig:
     optimizer: str = flag("adam", "AdamW (decoupled weight decay), as in Megatron-LM", choices=("adam",))
     lr: float | None = flag(None, "peak learning rate")
     min_lr: float = flag(0.0, "learning rate at the end of the decay")
+    decoupled_lr: float | None = flag(None, "peak learning rate of embedding and output layer; lr without it")
+    decoupled_min_lr: float | None = flag(None, "theirs at the end of the decay; min-lr without it")
     lr_decay_style: str = flag(
         "linear", "shape of the decay", choices=("constant", "linear", "cosine", "inverse-square-root", "WSD")
     )
@@ -158,6 +160,14 @@ class OptimizerConfig:
     adam_beta2: float = flag(0.999, "decay of the second moment")
     adam_eps: float = flag(1e-8, "added to the root of the second moment")
     clip_grad: float = flag(1.0, "largest global gradient norm; 0 switches clipping off")
+
+    @property
+    def of_ends(self) -> "OptimizerConfig":
+        """With the rates of embedding and output layer."""
+        if self.decoupled_lr is None:
+            return self
+        low = self.min_lr if self.decoupled_min_lr is None else self.decoupled_min_lr
+        return replace(self, lr=self.decoupled_lr, min_lr=low)
 
     def schedule(self, length: int) -> tuple[float, int, int]:
         """Lengths of the warm-up, of all until the end of the decay, and of WSD's last phase (0 without one).

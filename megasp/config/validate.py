@@ -157,6 +157,7 @@ NEEDED = {
     "tokenizer_model": ("tokenizer_type", None),
     "vocab_file": ("tokenizer_type", None),
     "merge_file": ("tokenizer_type", None),
+    "decoupled_min_lr": ("decoupled_lr", None),
     "lr_wsd_decay_iters": ("lr_decay_style", "WSD"),
     "lr_wsd_decay_samples": ("lr_decay_style", "WSD"),
 }

@@ -47,6 +47,12 @@ def learning_rate(done: int, config: OptimizerConfig, length: int) -> float:
     return low + _decay(style, (done - start) / (end - start)) * (peak - low)
 
 
+def learning_rates(done: int, config: OptimizerConfig, length: int) -> tuple[float, float | None]:
+    """`learning_rate`, and that of embedding and output layer where they have their own (--decoupled-lr)."""
+    ends = learning_rate(done, config.of_ends, length) if config.decoupled_lr is not None else None
+    return learning_rate(done, config, length), ends
+
+
 def _decay(style: str, ratio: float) -> float:
     """What is left of 1 after a share `ratio` (0 to 1) of the decay."""
     if style == "linear":

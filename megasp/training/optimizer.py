@@ -7,13 +7,27 @@ from torch import nn
 
 from megasp.config.schema import OptimizerConfig
 
+ENDS = ("embedding.weight", "head.weight")
+"""The weights that --decoupled-lr is for; tied to the head, the embedding is both."""
+
 
 def build_optimizer(masters: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """PyTorch's fused AdamW over two groups, its state in place from the start so that a checkpoint can fill it."""
-    decaying = [p for p in masters if p.pieces[0].decay]  # type: ignore[attr-defined]
-    others = [p for p in masters if not p.pieces[0].decay]  # type: ignore[attr-defined]
+    """PyTorch's fused AdamW, its state in place from the start so that a checkpoint can fill it.
+
+    Its groups are weights that decay and weights that do not, and with a rate of their own the `ENDS`, first.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"ends": [], "decaying": [], "others": []}
+    for master in masters:
+        piece = master.pieces[0]  # type: ignore[attr-defined]
+        own_rate = config.decoupled_lr is not None and piece.name in ENDS
+        groups["ends" if own_rate else "decaying" if piece.decay else "others"].append(master)
+    ends = {"params": groups["ends"], "weight_decay": config.weight_decay, "decoupled": True}
     optimizer = torch.optim.AdamW(
-        [{"params": decaying, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        [
+            *([ends] if groups["ends"] else []),
+            {"params": groups["decaying"], "weight_decay": config.weight_decay},
+            {"params": groups["others"], "weight_decay": 0.0},
+        ],
         lr=config.lr or 0.0,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,
@@ -28,9 +42,10 @@ def build_optimizer(masters: Sequence[nn.Parameter], config: OptimizerConfig) ->
     return optimizer
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, decoupled_lr: float | None = None) -> None:
+    """Set the rate of the next step; where `ENDS` have their own, it is `decoupled_lr`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr if decoupled_lr is None or not group.get("decoupled") else decoupled_lr
 
 
 def steps_taken(optimizer: torch.optim.Optimizer) -> int:

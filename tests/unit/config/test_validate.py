@@ -141,6 +141,12 @@ CASES = [
     Case("warm-up twice", {"lr_warmup_fraction": 0.1, "lr_warmup_iters": 2}, "--lr-warmup-fraction",
          "the same", {"leave one out": {"lr_warmup_iters": 0}}),
     Case("min-lr", {"min_lr": 2e-3}, "min-lr 0.002 and lr 0.001", "at most lr", {"--min-lr": {"min_lr": 1e-3}}),
+    Case("decoupled-lr", {"decoupled_lr": 5e-4, "min_lr": 6e-4}, "min-lr 0.0006 and decoupled-lr 0.0005",
+         "at most decoupled-lr", {"--min-lr": {"min_lr": 5e-4}}),
+    Case("decoupled-min-lr", {"decoupled_lr": 5e-4, "decoupled_min_lr": 6e-4}, "decoupled-min-lr 0.0006 and decoupled-"
+         "lr 0.0005", "at most decoupled-lr", {"--decoupled-min-lr": {"decoupled_min_lr": 5e-4}}),
+    Case("decoupled alone", {"decoupled_min_lr": 6e-4}, "without --decoupled-lr", "would do nothing",
+         {"add --decoupled-lr": {"decoupled_lr": 1e-3}}),
     Case("warm-up init", {"lr_warmup_init": 1.0}, "lr-warmup-init 1.0 and lr 0.001", "at most lr",
          {"--lr-warmup-init": {"lr_warmup_init": 0.0}}),
     Case("warm-up long", {"lr_warmup_iters": 10}, "warm-up of 10 steps and a decay that ends at step 10",

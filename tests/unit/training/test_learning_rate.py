@@ -1,5 +1,6 @@
 """Every schedule equals megatron-core's scheduler, to the last bit, at every step and past the end."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from megasp.config.layout import Layout
 from megasp.config.load import from_values
 from megasp.config.schema import OptimizerConfig
-from megasp.training.learning_rate import learning_rate
+from megasp.training.learning_rate import learning_rate, learning_rates
 
 scheduler_module = pytest.importorskip("megatron.core.optimizer_param_scheduler")
 TRAIN_STEPS = 37
@@ -87,3 +88,15 @@ def test_in_samples_with_a_growing_batch(style: str) -> None:
         rates.append(learning_rate(done, config.optimizer, config.training.length))
         batches.append(schedule.at(sum(batches)))
     assert rates == megatron_rates(config.optimizer, batches) and set(batches) == {2, 4, 6, 8}
+
+
+def test_decoupled() -> None:
+    """Embedding and output layer take the same course between rates of their own, as Megatron-LM's group of them."""
+    config = OptimizerConfig(lr=1e-3, min_lr=1e-5, lr_warmup_iters=3, decoupled_lr=5e-4, lr_decay_style="cosine")
+    apart = replace(config, decoupled_min_lr=4e-5)
+    for given, low in ((config, 1e-5), (apart, 4e-5)):
+        want = megatron_rates(replace(given, lr=5e-4, min_lr=low), [1] * TRAIN_STEPS)
+        rates = [learning_rates(step, given, TRAIN_STEPS) for step in range(TRAIN_STEPS)]
+        assert [ends for _, ends in rates] == want
+        assert [lr for lr, _ in rates] == megatron_rates(config, [1] * TRAIN_STEPS)
+    assert learning_rates(9, replace(config, decoupled_lr=None), TRAIN_STEPS)[1] is None
