@@ -316,8 +316,7 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--config-logger-dir",
     ),
     (
-        "profiling is not built in: start the run under nsys or with torch.profiler",
-        "--profile --profile-step-start --profile-step-end --profile-ranks --use-pytorch-profiler "
+        "what memory holds is counted by `megasp memory` and measured in the metrics",
         "--record-memory-history --memory-snapshot-path",
     ),
     (

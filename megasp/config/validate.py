@@ -9,6 +9,7 @@ from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.layout_rules import check_sharding, check_splits, layout_of, nearest
 from megasp.config.precision_rules import check_precision
+from megasp.config.profile import check_profile
 from megasp.config.ranges import check_ranges
 from megasp.config.rotary_scaling import check_rotary_scaling
 from megasp.config.schedule_rules import check_schedule
@@ -37,6 +38,7 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
     _attention_kernel(config, device)
     activation_memory.check(config, layout, device)
     host_offload.check(config, device)
+    check_profile(config.profile, config.trace_folder, world_size, device)
     return layout
 
 

@@ -120,9 +120,7 @@ class Metrics:
             "mfu": mfu(tflops, self._run.peak_tflops),
             "memory_gib": peak_memory_gib(self._run.device),
             "loss_scale": loss_scale,
-        }
-        if decoupled_lr is not None:
-            record["decoupled_lr"] = decoupled_lr
+        } | ({} if decoupled_lr is None else {"decoupled_lr": decoupled_lr})
         self._write(record)
         self._to_board(
             step,

@@ -39,6 +39,7 @@ from megasp.training.learning_rate import learning_rates
 from megasp.training.memory import account, check_host_memory
 from megasp.training.memory import table as memory_table
 from megasp.training.metrics import Metrics, Run, peak_memory_gib
+from megasp.training.profile import Profiler, profiler
 from megasp.training.resume import Progress
 from megasp.training.saving import Checkpoints
 from megasp.training.step import StepResult, evaluate, train_step
@@ -121,8 +122,9 @@ def pretrain(training: Training) -> Progress:
         device=state.device,
     )
     saves = Checkpoints(training, phases, start.step)
-    with loader, metrics, stop, saves:
-        return _Loop(training, datasets, saves, loader, metrics, stop).run(start, run.train_steps)
+    profile = profiler(config, state.rank, start.step)
+    with loader, metrics, stop, saves, profile:
+        return _Loop(training, datasets, saves, loader, metrics, stop, profile).run(start, run.train_steps)
 
 
 class _Loop:
@@ -136,9 +138,10 @@ class _Loop:
         loader: Loader,
         metrics: Metrics,
         stop: StopConditions,
+        profile: Profiler,
     ) -> None:
         self.training, self.datasets, self.saves = training, datasets, saves
-        self.loader, self.metrics, self.stop = loader, metrics, stop
+        self.loader, self.metrics, self.stop, self.profile = loader, metrics, stop, profile
         self.skipped = 0
 
     def run(self, progress: Progress, train_steps: int) -> Progress:
@@ -180,6 +183,7 @@ class _Loop:
             if reason and not last:
                 log.info(f"stopping after step {progress.step}: {reason}")
                 break
+            self.profile.step()
         self._report_memory()
         _say_what_next(config, progress, train_steps)
         return progress

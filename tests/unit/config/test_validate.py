@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megasp.config import data_rules, layout_rules, precision_rules, schedule_rules
+from megasp.config import data_rules, layout_rules, precision_rules, profile, schedule_rules
 from megasp.config import validate as module
 from megasp.config.layout_rules import nearest
 from megasp.config.load import from_values
@@ -51,6 +51,7 @@ def numbers(key: str, *values: Any, world: int | None = None) -> dict[str, dict[
     return {str(v): {key: v} | ({"world": v * world} if world else {}) for v in values}
 
 
+PROFILE = {"profile": True, "use_pytorch_profiler": True, "save": "x"}
 HEADS12 = {"num_attention_heads": 12, "hidden_size": 96, "seq_length": 36, "make_vocab_size_divisible_by": 12}
 
 CASES = [
@@ -229,6 +230,16 @@ CASES = [
          "--loss-scale with --loss-scale-window", "does not change", {"": {"loss_scale_window": None}}),
     Case("smallest loss scale", {"fp16": True, "initial_loss_scale": 2.0, "min_loss_scale": 4.0}, "4 and initial",
          "or above", {"--min-loss-scale 2": {"min_loss_scale": 2.0}}),
+    # Profiling
+    Case("profile alone", {"profile_step_end": 5}, "options of --profile", "do nothing",
+         {"--profile": PROFILE | {"profile_step_end": 15}}),
+    Case("profile of no step", PROFILE | {"profile_step_start": 4, "profile_step_end": 4}, "start 4 and profile-step-"
+         "end 4", "up to the other", {"end later": {"profile_step_end": 5}}),
+    Case("profile of no rank", PROFILE | {"profile_ranks": (0, 2), "world": 2}, "profile-ranks 0 2 of 2 ranks",
+         "are profiled", {"0 to 1": {"profile_ranks": (0, 1)}}),
+    Case("profile to nowhere", {"profile": True, "use_pytorch_profiler": True}, "--use-pytorch-profiler", "files",
+         {"--tensorboard-dir": {"tensorboard_dir": "x"}}),
+    Case("nsys of a CPU", {"profile": True}, "--profile on a CPU", "on a GPU", {"--use-pytorch-profiler": PROFILE}),
     # Kernels
     Case("kernel-dropout", {"attention_backend": "flash", "attention_dropout": 0.1}, "--attention-backend flash",
          "flash: it has no attention dropout", {"--attention-dropout 0": {"attention_dropout": 0.0},
@@ -255,7 +266,7 @@ def test_rule(case: Case) -> None:
         validate(*config(case.given | change))  # what the sentence proposes must pass
 
 
-RULES = [module, data_rules, layout_rules, precision_rules, schedule_rules]
+RULES = [module, data_rules, layout_rules, precision_rules, profile, schedule_rules]
 
 
 @pytest.mark.parametrize("rules", RULES, ids=lambda rules: rules.__name__)
