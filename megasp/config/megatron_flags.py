@@ -24,6 +24,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "--persistent-save-interval": ("--save-interval",),
     "--save-retain-interval": ("--keep-every",),
     "--use-torch-fsdp2": ("--data-parallel-sharding-strategy", "optim_grads_params"),
+    "--fp8": ("--fp8-format",),
+    "--fp8-hybrid": ("--fp8-format", "hybrid"),
+    "--fp8-e4m3": ("--fp8-format", "e4m3"),
     "--recompute-activations": ("--recompute-granularity", "selective"),
 }
 """flag -> megasp's flags for it. A value follows the last of them."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from megasp.config.batch_schedule import BatchSchedule
 from megasp.config.flags import flag
+from megasp.config.fp8 import Fp8Config
 from megasp.config.layout import Layout
 from megasp.config.loss_scale import LossScaleConfig
 from megasp.config.model import ModelConfig
@@ -249,6 +250,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     loss_scaling: LossScaleConfig = field(default_factory=LossScaleConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     activations: ActivationConfig = field(default_factory=ActivationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -10,7 +10,7 @@ from megasp.config.data_rules import check_data
 from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.layout_rules import check_sharding, check_splits, layout_of, nearest
-from megasp.config.precision_rules import check_precision
+from megasp.config.precision_rules import check_fp8, check_precision
 from megasp.config.ranges import check_ranges
 from megasp.config.rotary_scaling import check_rotary_scaling
 from megasp.config.schema import Config
@@ -37,6 +37,7 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
     _ignored(config)
     _attention_kernel(config, device)
     activation_memory.check(config, layout, device)
+    check_fp8(config, layout)
     return layout
 
 
@@ -179,6 +180,10 @@ NEEDED = {
     "vocab_file": ("tokenizer_type", None),
     "merge_file": ("tokenizer_type", None),
     "lr_wsd_decay_iters": ("lr_decay_style", "WSD"),
+    "fp8_recipe": ("fp8_format", None),
+    "first_last_layers_bf16": ("fp8_format", None),
+    "num_layers_at_start_in_bf16": ("fp8_format", None),
+    "num_layers_at_end_in_bf16": ("fp8_format", None),
 }
 """Options that do nothing without another: its name, and its value where not any will do."""
 

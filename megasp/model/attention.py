@@ -6,11 +6,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from megasp.config.recompute import Recompute
 from megasp.config.schema import ModelConfig
 from megasp.model.dropout import TokenKeys, attention_bits, site_key
 from megasp.model.init import Factory
 from megasp.model.layers import ColumnParallelLinear, RowParallelLinear
 from megasp.model.norm import Norm
+from megasp.model.products import PLAIN, Products
 from megasp.model.recompute import recomputed
 from megasp.model.rotary import rotate_
 from megasp.parallel_state import ParallelState
@@ -42,7 +44,8 @@ class Attention(nn.Module):
         config: the model's; its head counts are divisible as `megasp.config.validate` says.
         name: canonical name of this module.
         attend: attention of q to k and v over the sequence, wherever its parts are.
-        recompute: whether `attend` is recomputed in the backward.
+        recompute: whose "core_attn" runs `attend` again in the backward, "layernorm" the norm before.
+        products: how the linear layers multiply.
     """
 
     def __init__(
@@ -53,7 +56,8 @@ class Attention(nn.Module):
         attend: SequenceAttention,
         factory: Factory,
         name: str,
-        recompute: bool = False,
+        recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
+        products: Products = PLAIN,
     ) -> None:
         super().__init__()
         self.head_dim, self.rotary = config.head_dim, config.position_embedding_type == "rope"
@@ -69,6 +73,7 @@ class Attention(nn.Module):
             replicas={k: copies, v: copies},
             init_std=config.init_method_std,
             factory=factory,
+            products=products.keeping_input(recompute.does("layernorm")),
         )
         self.local_heads = heads // tp.size, max(1, kv_heads // tp.size)
         self.q_norm = self.k_norm = None
@@ -77,7 +82,7 @@ class Attention(nn.Module):
                 Norm, config.normalization, self.head_dim, config.norm_epsilon, tp, partial=True, factory=factory
             )
             self.q_norm, self.k_norm = norm(name=f"{name}.q_norm"), norm(name=f"{name}.k_norm")
-        self.attend, self.recompute = attend, recompute
+        self.attend, self.recompute = attend, recompute.does("core_attn")
         self.dropout, self.key = config.attention_dropout, site_key(factory.seed, name)
         self.first_head = tp.rank * self.local_heads[0]
         self.o = RowParallelLinear(
@@ -89,6 +94,7 @@ class Attention(nn.Module):
             init_std=config.init_method_std / (2 * config.num_layers) ** 0.5,
             factory=factory,
             name=f"{name}.o",
+            products=products,
         )
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:

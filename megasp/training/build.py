@@ -1,6 +1,7 @@
 """Builds what a run trains, in one visible order: stages, master weights and gradient sync, pipeline, optimizer."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from megasp.config.context_parallel import split_context
 from megasp.config.schema import Config
 from megasp.config.stages import split
 from megasp.data_parallel import Replicas, WeightShards
-from megasp.model import Factory, GPTModel
+from megasp.model import Factory, GPTModel, fp8
 from megasp.parallel_state import ParallelState
 from megasp.pipeline.executor import Pipeline
 from megasp.pipeline.schedules import placement
@@ -54,6 +55,8 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
         dtype: compute dtype; as the configuration says without it.
     """
     dtype = dtype or getattr(torch, config.training.compute_dtype)
+    if config.fp8.fp8_format is not None:
+        fp8.check_device(state.device)
     kernel = attention_kernel(config, state.device, dtype)
     context = split_context(config)
     mask = Mask(config.model.window_size, config.model.attention_sinks)
@@ -72,6 +75,7 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
             recompute=config.activations.recompute,
             tiled_mlp=config.activations.tiled_mlp,
             offloaded_layers=config.activations.offloaded(len(stage.layers)),
+            products=partial(fp8.products, config.fp8, layers=config.model.num_layers),
             factory=Factory(state.device, dtype, config.training.seed),
         )
         for stage in split(config)
