@@ -30,7 +30,7 @@ from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.data import Batch
 from megasp.data_parallel import global_norm, sum_partial_, sum_tied_
-from megasp.model import init, loss
+from megasp.model import fp8, init, loss
 from megasp.parameters import Piece
 from megasp.training.build import Training, build
 
@@ -141,11 +141,16 @@ def _fake() -> Iterator[Tracker]:
         with unset_fake_temporarily():
             return from_group(*args, **kwargs)
 
+    def no_product(a: Tensor, b: Tensor, *_: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+
     gc.collect()
     with (
         mock.patch.object(DeviceMesh, "from_group", real_mesh),
         mock.patch.object(init, "initial_values", no_values),
         mock.patch.object(loss, "CACHE_BYTES", 1 << 62),
+        mock.patch.dict(fp8.KERNELS, cpu=fp8.scaled_mm),
+        mock.patch.object(torch, "_scaled_mm", no_product),  # which has no form for fake tensors of a CPU
         mock.patch.object(torch.UntypedStorage, "resize_", resize_),
         FakeTensorMode(allow_non_fake_inputs=True),
         tracker,

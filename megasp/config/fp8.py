@@ -49,9 +49,3 @@ class Fp8Config:
         ends = (1 if n is None else n for n in (self.num_layers_at_start_in_bf16, self.num_layers_at_end_in_bf16))
         start, end = ends
         return range(start, max(start, count - end))
-
-    @property
-    def description(self) -> str:
-        """Of the run's first lines."""
-        gradients = "e5m2" if self.fp8_format == "hybrid" else "e4m3"
-        return f"e4m3 forward, {gradients} gradients, {self.recipe} scales"

@@ -30,6 +30,7 @@ from torch import Tensor
 from megasp.collectives import all_reduce_
 from megasp.config.fp8 import Fp8Config
 from megasp.errors import ConfigError
+from megasp.footprint import Part
 from megasp.model.matmul import linear
 from megasp.model.products import FEATURES, PLAIN, Operand, Products
 from megasp.parallel_state import Axis
@@ -107,6 +108,20 @@ class Fp8:
     def keeping_input(self, wanted: bool) -> "Fp8":
         return replace(self, keeps_input=wanted)
 
+    def footprint(self, name: str, rows: int, inputs: int, outputs: int, item: int, gather: int = 1) -> Part:
+        # In fp8 an element is a byte. A cast has a scaled copy in between; what is transposed is copied.
+        x, y, weight = rows * inputs, gather * rows * outputs, inputs * outputs
+        copies = 2 if self.recipe == "rowwise" else 1
+        gathered, dx = gather * x if gather > 1 else 0, gather * x * item
+        cast_weight = item * weight + weight
+        forward = max((copies + item) * x, copies * x + gathered + max(cast_weight, weight + y * item))
+        held = (copies * y) + (x if self.keeps_input else 0) + gathered
+        input_gradient = max(cast_weight, 2 * weight + dx, weight + dx + (x * item if gather > 1 else 0))
+        last = held - (copies - 1) * y + x * item + y + gather * x + weight * item
+        backward = max((copies + item) * y, held + input_gradient, last)
+        kept, waiting = ({}, x * item) if self.keeps_input else ({f"inputs of {name}, fp8": x}, x)
+        return Part(name, y * item, forward, backward, kept, keeps_input=self.keeps_input, deferred=waiting + y)
+
 
 def scaled_mm(a: Operand, b: Operand, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     """PyTorch's fp8 product of matrices [M, C] and [N, C]. Tensor cores take both with C contiguous (Hopper), so what
@@ -135,10 +150,19 @@ KERNELS: dict[str, Kernel] = {"cuda": scaled_mm, "cpu": emulated}
 
 
 def products(config: Fp8Config, layer: int, layers: int) -> Products:
-    """Those of one of a model's layers."""
+    """Those of one of a model's `layers` layers."""
     if layer not in config.layers(layers):
         return PLAIN
     return Fp8(config.recipe, E5M2 if config.fp8_format == "hybrid" else E4M3)
+
+
+def describe(config: Fp8Config, layers: int, device: torch.device) -> str:
+    """One line for a person."""
+    own = config.layers(layers)
+    gradients = "e5m2" if config.fp8_format == "hybrid" else "e4m3"
+    where = "all layers" if len(own) == layers else f"layers {own.start} to {own.stop - 1}"
+    how = "" if device.type == "cuda" else "; emulated on a CPU: the same numbers, and slower than bfloat16"
+    return f"linear layers of {where}, e4m3 forward, {gradients} gradients, {config.recipe} scales{how}"
 
 
 def check_device(device: torch.device) -> None:

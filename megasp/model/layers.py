@@ -252,13 +252,6 @@ def replicated(name: str, shape: tuple[int, ...], axis: Axis, *, partial: bool, 
     return whole(name, shape).with_replicas(axis.rank, axis.size, partial).with_facts(init_mean=init_mean, decay=False)
 
 
-def linear_footprint(name: str, rows: int, inputs: int, outputs: int, item: int, gather: int = 1) -> Part:
-    """Bytes of a linear layer on `rows` rows, which it gathers over `gather` ranks before."""
-    x, y, weight = rows * inputs * item, gather * rows * outputs * item, inputs * outputs * item
-    gathered = gather * x if gather > 1 else 0
-    return Part(name, y, y + gathered, 2 * gathered + x + weight, deferred=x + y)
-
-
 def sum_footprint(elements: int, item: int, tp: int, sequence_parallel: bool) -> Part:
     """Bytes of the sum over `tp` ranks of a row-parallel layer's `elements` outputs."""
     out = elements * item // (tp if sequence_parallel else 1)

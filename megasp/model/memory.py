@@ -3,6 +3,7 @@
 Every Function states its own bytes beside its code; here they are put together as `gpt.py` and `block.py` run them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -11,9 +12,10 @@ from megasp.config.schema import ModelConfig
 from megasp.footprint import Footprint, Part, as_part, chain, joined, recomputed
 from megasp.model.activations import activation_footprint
 from megasp.model.dropout import dropout_footprint
-from megasp.model.layers import embedding_footprint, linear_footprint, sum_footprint
+from megasp.model.layers import embedding_footprint, sum_footprint
 from megasp.model.loss import loss_footprint
 from megasp.model.norm import norm_footprint
+from megasp.model.products import PLAIN, Products
 from megasp.model.rotary import rotary_footprint, tables_footprint
 from megasp.model.tiles import tiled_footprint
 from megasp.sequence_parallel.memory import AttentionSizes, attention_parts
@@ -33,6 +35,7 @@ class Sizes:
         attention: how attention is split; its heads are this tensor-parallel rank's.
         dropout: whether dropout is on.
         tiles: of the MLP.
+        products: how linear layers multiply.
     """
 
     tokens: int
@@ -42,6 +45,7 @@ class Sizes:
     sequence_parallel: bool
     attention: AttentionSizes
     tiles: int = 1
+    products: Products = PLAIN
 
     @property
     def split(self) -> int:
@@ -87,11 +91,13 @@ def _norm(model: ModelConfig, sizes: Sizes, remade: bool = False) -> Part:
 
 def _attention(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[Part]:
     attention, item = sizes.attention, sizes.item
-    gather = sizes.split
+    remade = recompute.does("layernorm")
     width = (attention.heads + 2 * attention.kv_heads) * attention.head_dim
     parts = [
-        _norm(model, sizes, recompute.does("layernorm")),
-        linear_footprint("q, k, v", sizes.rows, model.hidden_size, width, item, gather),
+        _norm(model, sizes, remade),
+        sizes.products.keeping_input(remade).footprint(
+            "q, k, v", sizes.rows, model.hidden_size, width, item, sizes.split
+        ),
     ]
     heads = sizes.tokens * (attention.heads + attention.kv_heads)
     if model.qk_layernorm:
@@ -106,7 +112,7 @@ def _attention(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[P
     else:
         parts += inner
     hidden = attention.heads * attention.head_dim
-    parts.append(linear_footprint("residual branch", sizes.tokens, hidden, model.hidden_size, item))
+    parts.append(sizes.products.footprint("residual branch", sizes.tokens, hidden, model.hidden_size, item))
     return [*parts, *_branch_end(model, sizes), *_dropout(model, sizes)]
 
 
@@ -136,16 +142,19 @@ def _mlp(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[Part]:
         whole = tiled_footprint(inner, stream, sizes.tiles, model.hidden_size * (up + ffn), item)
         return [whole, *_dropout(model, sizes)]
     act = activation_footprint(model, sizes.tokens * ffn * item)
-    norm = _norm(model, sizes, recompute.does("layernorm"))
+    norm_again, act_again = recompute.does("layernorm"), recompute.does("mlp_act")
+    norm, products = _norm(model, sizes, norm_again), sizes.products
     mlp = [
-        linear_footprint("MLP hidden", sizes.rows, model.hidden_size, up, item, sizes.split),
-        replace(act, remade=recompute.does("mlp_act")),
-        linear_footprint("residual branch", sizes.tokens, ffn, model.hidden_size, item),
+        products.keeping_input(norm_again).footprint(
+            "MLP hidden", sizes.rows, model.hidden_size, up, item, sizes.split
+        ),
+        replace(act, remade=act_again),
+        products.keeping_input(act_again).footprint("residual branch", sizes.tokens, ffn, model.hidden_size, item),
     ]
     end, dropped = _branch_end(model, sizes), _dropout(model, sizes)
     if not recompute.does("mlp"):
         return [norm, *mlp, *end, *dropped]
-    if recompute.does("layernorm"):
+    if norm_again:
         inner = chain([_norm(model, sizes), *mlp, *end], stream, STREAM)
         return [as_part(inner, stream, "residual branch"), *dropped]
     return [norm, as_part(chain([*mlp, *end], stream, "norm output"), stream, "residual branch"), *dropped]
@@ -167,24 +176,25 @@ def layer_footprint(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> F
 
 
 def stage_layers(
-    model: ModelConfig, sizes: Sizes, recompute: Recompute, layers: int, offloaded: int = 0
+    model: ModelConfig, sizes: Sizes, recompute: Recompute, products: Sequence[Products], offloaded: int = 0
 ) -> list[Footprint]:
-    """The layers of a stage, those that are recomputed together as one; the first `offloaded` keep theirs on the host.
+    """The layers of a stage, which multiply by `products`, those that are recomputed together as one; the first
+    `offloaded` keep theirs on the host.
 
     Of these the last one's is on the device, too; two layers' are while a forward runs, and while a backward does.
     """
-    plain = layer_footprint(model, sizes, Recompute())
-    single = layer_footprint(model, sizes, recompute)
+
+    def layer(number: int, recompute: Recompute) -> Footprint:
+        return layer_footprint(model, replace(sizes, products=products[number]), recompute)
+
     stream = sizes.rows * model.hidden_size * sizes.item
     found: list[Footprint] = []
     away: list[tuple[int, Footprint, int]] = []
-    for group, again in recompute.groups(layers):
-        if not again:
-            found.append(plain)
-        elif len(group) == 1:
-            found.append(single)
+    for group, again in recompute.groups(len(products)):
+        if len(group) == 1:
+            found.append(layer(group.start, recompute if again else Recompute()))
         else:
-            found.append(recomputed(joined([plain] * len(group)), stream, name=STREAM))
+            found.append(recomputed(joined([layer(number, Recompute()) for number in group]), stream, name=STREAM))
         if group.start < offloaded:
             before = found[-2].total if len(found) > 1 else 0
             away.append((len(found) - 1, found[-1], before))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megasp.collectives import start_all_gather
+from megasp.footprint import Part
 from megasp.model.matmul import linear
 from megasp.parallel_state import Axis
 
@@ -92,6 +93,13 @@ class Products(Protocol):
     def keeping_input(self, wanted: bool) -> "Products":
         """The same, where it is `wanted` keeping the input itself, which something else keeps or makes again."""
 
+    def footprint(self, name: str, rows: int, inputs: int, outputs: int, item: int, gather: int = 1) -> Part:
+        """Bytes of a linear layer on `rows` rows of `inputs` features, which it gathers over `gather` ranks before.
+
+        Args:
+            item: bytes of an element of activations and weights.
+        """
+
 
 @dataclass(frozen=True)
 class Plain:
@@ -111,6 +119,11 @@ class Plain:
 
     def keeping_input(self, wanted: bool) -> "Plain":
         return self
+
+    def footprint(self, name: str, rows: int, inputs: int, outputs: int, item: int, gather: int = 1) -> Part:
+        x, y, weight = rows * inputs * item, gather * rows * outputs * item, inputs * outputs * item
+        gathered = gather * x if gather > 1 else 0
+        return Part(name, y, y + gathered, 2 * gathered + x + weight, deferred=x + y)
 
 
 PLAIN = Plain()

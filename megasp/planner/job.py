@@ -49,6 +49,10 @@ class Software:
         partial_bytes: of an element of the ring's sums of gradients on their way.
         accumulate_bytes: read and written for a weight and a microbatch to add its gradient up, where the product does
             not do it.
+        cast_bytes: with fp8, read and written for an element of an operand to cast it for both of its products.
+        cast_weight_bytes: the same for an element of a weight and one direction of a microbatch; 0 where weights are
+            cast once a step.
+        gather_bytes: with fp8, of an element of an input that tensor-parallel ranks gather.
     """
 
     attention: str = "fused"
@@ -57,16 +61,21 @@ class Software:
     gradient_bytes: int = 4
     partial_bytes: int = 4
     accumulate_bytes: int = 0
+    cast_bytes: int = 6
+    cast_weight_bytes: int = 0
+    gather_bytes: int = 2
 
 
-MEGASP = Software(accumulate_bytes=10)
+MEGASP = Software(accumulate_bytes=10, cast_bytes=11, cast_weight_bytes=9, gather_bytes=1)
 """megasp on a GPU: eager element-wise operations; the backward's gathers and scatters beside GEMMs; bf16 weight
-gradients that are added up in fp32."""
+gradients that are added up in fp32; fp8 operands that are read for the largest value, scaled, cast, and transposed, one
+after another, weights in each forward and backward, and gathered in fp8."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One step of one run, as the time model sees it."""
+    """One step of one run, as the time model sees it; `fp8_layers` is the share of the layers that have its precision
+    where that is fp8, the others compute in bf16."""
 
     model: ModelConfig
     layout: Layout
@@ -78,6 +87,7 @@ class Job:
     sequence_parallel: bool = False
     ring_mode: str = "p2p"
     precision: str = "bf16"
+    fp8_layers: float = 1.0
     zero: int = 0
     recompute: Redone = Redone()
     offload_activations: float = 0.0
@@ -98,6 +108,8 @@ class Job:
             microbatches=config.num_microbatches(layout),
             sequence_parallel=config.parallel.sequence_parallel,
             ring_mode=split_context(config).ring_mode,
+            precision="fp8" if config.fp8.fp8_format is not None else "bf16",
+            fp8_layers=len(config.fp8.layers(config.model.num_layers)) / config.model.num_layers,
             zero=layout.zero,
             offload_activations=_offloaded(config, stages),
             recompute=Redone.of(config.activations.recompute, max(len(stage.layers) for stage in stages)),
@@ -107,6 +119,11 @@ class Job:
                 gradient_bytes=2 if config.training.grad_reduce_in_bf16 else 4,
             ),
         )
+
+    @property
+    def fp8_share(self) -> float:
+        """Share of the layers whose linear layers compute in fp8."""
+        return self.fp8_layers if self.precision == "fp8" else 0.0
 
     @property
     def tokens(self) -> float:

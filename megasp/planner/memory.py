@@ -9,6 +9,7 @@ from megasp.config.pipeline import PipelinePlan
 from megasp.config.schema import Config
 from megasp.config.stages import split
 from megasp.data_parallel.memory import state_bytes
+from megasp.model import fp8
 from megasp.model.memory import end_parameters, layer_footprint, layer_parameters
 from megasp.pipeline.schedules import placement, schedule
 from megasp.pipeline.simulate import live_activations
@@ -95,11 +96,12 @@ class Floor:
         layer = layer_parameters(model, layout.tp)
         ends = end_parameters(model, layout.tp, True, owner[-1] == 0)
         sizes = sizes_of(config, layout, "cuda")
-        layers = (
-            layer_footprint(model, sizes, config.activations.recompute).total
-            / config.activations.recompute.num_layers
-            * min(counts)
+        recompute = config.activations.recompute
+        kept = min(
+            layer_footprint(model, replace(sizes, products=products), recompute).total
+            for products in {fp8.products(config.fp8, number, model.num_layers) for number in range(model.num_layers)}
         )
+        layers = kept / recompute.num_layers * min(counts)
         return cls(
             sum(counts) * layer + sum(ends.values()),
             layer,

@@ -15,6 +15,7 @@ from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.config.stages import Stage, split
 from megasp.data_parallel.memory import StateBytes, state_bytes
+from megasp.model import fp8
 from megasp.model import memory as model_memory
 from megasp.model.memory import Sizes
 from megasp.pipeline.memory import Peak, StageBytes, peak
@@ -126,7 +127,7 @@ def account(
 
 
 def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
-    """The sizes of one microbatch on a rank."""
+    """The sizes of one microbatch on a rank, in the layers that compute in fp8 where some do."""
     model, training, context = config.model, config.training, split_context(config)
     tokens = training.micro_batch_size * training.seq_length // layout.cp
     heads, kv_heads = (max(1, count // layout.tp) for count in (model.num_attention_heads, model.kv_heads))
@@ -148,9 +149,16 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
         unfused=kernel == "unfused" or (kernel is None and dropout > 0),
         dropout=dropout > 0,
     )
-    sequence_parallel = config.parallel.sequence_parallel and layout.tp > 1
+    in_fp8 = config.fp8.layers(model.num_layers)
     return Sizes(
-        tokens, training.micro_batch_size, item, layout.tp, sequence_parallel, attention, config.activations.tiled_mlp
+        tokens,
+        training.micro_batch_size,
+        item,
+        layout.tp,
+        config.parallel.sequence_parallel and layout.tp > 1,
+        attention,
+        config.activations.tiled_mlp,
+        fp8.products(config.fp8, in_fp8.start, model.num_layers),
     )
 
 
@@ -158,9 +166,9 @@ def _stage(config: Config, sizes: Sizes, stage: Stage, growing: int, reducing: i
     """One microbatch through a stage; `growing` is the bytes of a gradient that has no buffer, `reducing` of those of a
     layer that are reduced meanwhile."""
     model = config.model
-    layers = model_memory.stage_layers(
-        model, sizes, config.activations.recompute, len(stage.layers), config.activations.offloaded(len(stage.layers))
-    )
+    products = [fp8.products(config.fp8, number, model.num_layers) for number in stage.layers]
+    offloaded = config.activations.offloaded(len(stage.layers))
+    layers = model_memory.stage_layers(model, sizes, config.activations.recompute, products, offloaded)
     ends = model_memory.end_parameters(model, sizes.tp, stage.first, stage.last)
     each = model_memory.layer_parameters(model, sizes.tp)
     pieces = [*layers]
