@@ -36,9 +36,9 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 TOLERANCES = {"fp64": 1e-9, "fp32": 2e-3}
 """Largest relative difference that counts as equal. Rounding makes 1e-13 in fp64; in fp32 Adam turns the rounding of
 gradients near zero into visible differences of weights, so fp64 is the test and fp32 a check of the arithmetic."""
-FP8_TOLERANCE = 1e-4
-"""The same in fp64 where linear layers are in fp8, after one step: how an operand is split decides its scale, and with it
-the rounding of its smallest values."""
+FP8_TOLERANCE = 2e-3
+"""The same in fp64 where linear layers are in fp8, after one step: how an operand is split decides its scale, and with
+it the rounding of its smallest values (seen: 2e-6 hybrid, 9e-4 e4m3)."""
 
 DEFAULTS = {
     "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 8, "group_query_attention": True,
@@ -74,7 +74,7 @@ class Options:
     )
     world: int | None = flag(None, "ranks of --collectives; the data-parallel size is what the layout leaves")
     tolerance: float | None = flag(
-        None, "largest relative difference that passes; 1e-9 for fp64, 2e-3 for fp32, 1e-4 for fp8"
+        None, "largest relative difference that passes; 1e-9 for fp64, 2e-3 for fp32 and for fp8"
     )
 
 
