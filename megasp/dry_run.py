@@ -25,12 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from megasp import parallel_state
-from megasp.config.kernels import choose_kernel
+from megasp.config.kernels import KernelConfig, choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.data import Batch
 from megasp.data_parallel import global_norm, sum_partial_, sum_tied_
-from megasp.model import fp8, init, loss
+from megasp.model import fp8, init, loss, norm_kernels
 from megasp.parameters import Piece
 from megasp.training.build import Training, build
 
@@ -88,11 +88,12 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
     Args:
         config: validated for this layout.
     """
+    fused_norms = config.kernels.norm("cuda", config.training.compute_dtype)[0] != "unfused"
     config = _kernel_of_a_gpu(config)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
         state = parallel_state.build(layout, torch.device("cpu"))
-        with _fake() as tracker:
+        with _fake(fused_norms) as tracker:
             training = build(config, state)
             built = tracker.live
             batches = [_batch(training) for _ in range(config.num_microbatches(layout))]
@@ -114,14 +115,39 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
 def _kernel_of_a_gpu(config: Config) -> Config:
     """The same run with the CPU's kernel that holds as much as a GPU's would: scores with both, or with neither."""
     training, model = config.training, config.model
-    dtype = "bfloat16" if training.bf16 else "float32"
+    dtype = training.compute_dtype
     name, _ = choose_kernel(training.attention_backend, "cuda", dtype, model.attention_dropout, model.head_dim)
     backend = "unfused" if name == "unfused" else "auto"
-    return dataclasses.replace(config, training=dataclasses.replace(training, attention_backend=backend))
+    training = dataclasses.replace(training, attention_backend=backend)
+    return dataclasses.replace(config, training=training, kernels=KernelConfig())
+
+
+class _FusedNorms:
+    """What one kernel allocates: PyTorch's fused norms run as several operations on a CPU."""
+
+    def rms(self, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), _statistic(x)
+
+    def rms_backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), torch.empty_like(weight)
+
+    def layer(self, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(x), _statistic(x), _statistic(x)
+
+    def layer_backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _statistic(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
 @contextmanager
-def _fake() -> Iterator[Tracker]:
+def _fake(fused_norms: bool) -> Iterator[Tracker]:
     """Fake tensors inside, which stand for those of a GPU: the loss passes over a chunk's logits at once there."""
 
     def no_values(piece: Piece, seed: int) -> Tensor:
@@ -149,6 +175,7 @@ def _fake() -> Iterator[Tracker]:
         mock.patch.object(DeviceMesh, "from_group", real_mesh),
         mock.patch.object(init, "initial_values", no_values),
         mock.patch.object(loss, "CACHE_BYTES", 1 << 62),
+        mock.patch.dict(norm_kernels.NORMS, unfused=_FusedNorms() if fused_norms else norm_kernels.UNFUSED),
         mock.patch.dict(fp8.KERNELS, cpu=fp8.scaled_mm),
         mock.patch.object(torch, "_scaled_mm", no_product),  # which has no form for fake tensors of a CPU
         mock.patch.object(torch.UntypedStorage, "resize_", resize_),

@@ -35,7 +35,7 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
     _batch(config, layout)
     _training(config, layout)
     _ignored(config)
-    _attention_kernel(config, device)
+    _kernels(config, device)
     activation_memory.check(config, layout, device)
     check_fp8(config, layout)
     return layout
@@ -199,10 +199,11 @@ def _ignored(config: Config) -> None:
             raise ConfigError(f"{option} without {other}", "it would do nothing", f"add {other}, or leave {option} out")
 
 
-def _attention_kernel(config: Config, device: str) -> None:
+def _kernels(config: Config, device: str) -> None:
     dtype = config.training.compute_dtype
     backend, dropout = config.training.attention_backend, config.model.attention_dropout
     name, reasons = choose_kernel(backend, device, dtype, dropout, config.model.head_dim)
     if name is None:
         fix = "use --attention-dropout 0, or --attention-backend unfused" if dropout else "use --attention-backend auto"
         raise ConfigError(f"--attention-backend {backend}", reasons, fix)
+    config.kernels.chosen(device, dtype)

@@ -12,6 +12,7 @@ from megasp.model.dropout import TokenKeys, attention_bits, site_key
 from megasp.model.init import Factory
 from megasp.model.layers import ColumnParallelLinear, RowParallelLinear
 from megasp.model.norm import Norm
+from megasp.model.norm_kernels import UNFUSED, NormKernel
 from megasp.model.products import PLAIN, Products
 from megasp.model.recompute import recomputed
 from megasp.model.rotary import rotate_
@@ -46,6 +47,7 @@ class Attention(nn.Module):
         attend: attention of q to k and v over the sequence, wherever its parts are.
         recompute: whose "core_attn" runs `attend` again in the backward, "layernorm" the norm before.
         products: how the linear layers multiply.
+        norms: the kernel of norms.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Attention(nn.Module):
         name: str,
         recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
         products: Products = PLAIN,
+        norms: NormKernel = UNFUSED,
     ) -> None:
         super().__init__()
         self.head_dim, self.rotary = config.head_dim, config.position_embedding_type == "rope"
@@ -78,9 +81,8 @@ class Attention(nn.Module):
         self.local_heads = heads // tp.size, max(1, kv_heads // tp.size)
         self.q_norm = self.k_norm = None
         if config.qk_layernorm:
-            norm = partial(
-                Norm, config.normalization, self.head_dim, config.norm_epsilon, tp, partial=True, factory=factory
-            )
+            shape = config.normalization, self.head_dim, config.norm_epsilon
+            norm = partial(Norm, *shape, tp, partial=True, factory=factory, kernel=norms)
             self.q_norm, self.k_norm = norm(name=f"{name}.q_norm"), norm(name=f"{name}.k_norm")
         self.attend, self.recompute = attend, recompute.does("core_attn")
         self.dropout, self.key = config.attention_dropout, site_key(factory.seed, name)

@@ -11,6 +11,7 @@ from megasp.model.dropout import dropout, site_key
 from megasp.model.init import Factory
 from megasp.model.layers import ColumnParallelLinear, RowParallelLinear
 from megasp.model.norm import Norm
+from megasp.model.norm_kernels import UNFUSED, NormKernel
 from megasp.model.products import PLAIN, Products
 from megasp.model.recompute import made_again, recomputed
 from megasp.model.tiles import tiled
@@ -76,6 +77,7 @@ class Block(nn.Module):
         recompute: of which "selective" is done here; the rest is of whole layers.
         tiles: in which the MLP and its norm are computed, along the sequence.
         products: how the linear layers multiply.
+        norms: the kernel of norms.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Block(nn.Module):
         recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
         tiles: int = 1,
         products: Products = PLAIN,
+        norms: NormKernel = UNFUSED,
     ) -> None:
         super().__init__()
         self.recompute, self.tiles = recompute, tiles
@@ -102,11 +105,12 @@ class Block(nn.Module):
                 partial=sequence_parallel,
                 factory=factory,
                 name=f"{name}.{site}",
+                kernel=norms,
             )
 
         self.input_norm = norm("input_norm")
         options = config, state, sequence_parallel
-        self.attention = Attention(*options, attend, factory, f"{name}.attention", recompute, products)
+        self.attention = Attention(*options, attend, factory, f"{name}.attention", recompute, products, norms)
         self.mlp_norm = norm("mlp_norm")
         self.mlp = MLP(*options, factory, f"{name}.mlp", recompute, products)
         self.dropout = config.hidden_dropout

@@ -36,6 +36,7 @@ class Sizes:
         dropout: whether dropout is on.
         tiles: of the MLP.
         products: how linear layers multiply.
+        fused_norms: whether a norm is one kernel.
     """
 
     tokens: int
@@ -46,6 +47,7 @@ class Sizes:
     attention: AttentionSizes
     tiles: int = 1
     products: Products = PLAIN
+    fused_norms: bool = False
 
     @property
     def split(self) -> int:
@@ -85,7 +87,8 @@ def end_parameters(model: ModelConfig, tp: int, first: bool, last: bool) -> dict
 
 
 def _norm(model: ModelConfig, sizes: Sizes, remade: bool = False) -> Part:
-    part = norm_footprint(model.normalization, sizes.rows, model.hidden_size, sizes.item, "norm output")
+    shape = sizes.rows, model.hidden_size, sizes.item
+    part = norm_footprint(model.normalization, *shape, "norm output", sizes.fused_norms)
     return replace(part, remade=remade)
 
 
@@ -101,7 +104,8 @@ def _attention(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[P
     ]
     heads = sizes.tokens * (attention.heads + attention.kv_heads)
     if model.qk_layernorm:
-        normed = norm_footprint(model.normalization, heads, model.head_dim, item, "q, k, normed")
+        shape = heads, model.head_dim, item
+        normed = norm_footprint(model.normalization, *shape, "q, k, normed", sizes.fused_norms)
         parts.append(normed)
     if model.position_embedding_type == "rope":
         rotating = heads * (int(model.head_dim * model.rotary_percent) // 2 * 2) * item

@@ -7,10 +7,13 @@ import torch
 from torch import nn
 
 from megasp.config.context_parallel import split_context
+from megasp.config.kernels import NORM_KERNELS, OPTIMIZER_KERNELS
 from megasp.config.schema import Config
 from megasp.config.stages import split
 from megasp.data_parallel import Replicas, WeightShards
+from megasp.data_parallel.replicas import master_dtype
 from megasp.model import Factory, GPTModel, fp8
+from megasp.model.norm_kernels import NORMS
 from megasp.parallel_state import ParallelState
 from megasp.pipeline.executor import Pipeline
 from megasp.pipeline.schedules import placement
@@ -30,9 +33,11 @@ class Training:
     model: nn.ModuleList
     pipeline: Pipeline
     replicas: Replicas | WeightShards
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     loss_scale: LossScale
     attention_kernel: str
+    norm_kernel: str
+    optimizer_kernel: str
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,6 +63,7 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
     if config.fp8.fp8_format is not None:
         fp8.check_device(state.device)
     kernel = attention_kernel(config, state.device, dtype)
+    norms, stepper = other_kernels(config, state.device, dtype)
     context = split_context(config)
     mask = Mask(config.model.window_size, config.model.attention_sinks)
     held = shards(config.training.seq_length, state.ring.size, state.ulysses.size, context.ring_mode, mask)
@@ -74,6 +80,7 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
             attend=SequenceAttention(state, held, kernel, context.ring_mode, mask, chunks),
             recompute=config.activations.recompute,
             tiled_mlp=config.activations.tiled_mlp,
+            norms=NORMS[norms],
             offloaded_layers=config.activations.offloaded(len(stage.layers)),
             products=partial(fp8.products, config.fp8, layers=config.model.num_layers),
             factory=Factory(state.device, dtype, config.training.seed),
@@ -90,9 +97,9 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
     else:
         replicas = Replicas(model, state.gradients, gradient_dtype)
     pipeline = Pipeline(plan, stages, state, replicas.begin_microbatch, dtype)
-    optimizer = build_optimizer(replicas.masters, config.optimizer)
+    optimizer = build_optimizer(replicas.masters, config.optimizer, stepper)
     loss_scale = LossScale.of(config)
-    return Training(config, state, held, model, pipeline, replicas, optimizer, loss_scale, kernel)
+    return Training(config, state, held, model, pipeline, replicas, optimizer, loss_scale, kernel, norms, stepper)
 
 
 def attention_kernel(config: Config, device: torch.device, dtype: torch.dtype) -> str:
@@ -104,3 +111,16 @@ def attention_kernel(config: Config, device: torch.device, dtype: torch.dtype) -
     model = config.model
     backend = config.training.attention_backend
     return kernels.choose(backend, device.type, dtype, model.attention_dropout, model.head_dim)
+
+
+def other_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The kernels that --norm-backend and --optimizer-backend mean on this machine.
+
+    Raises:
+        ConfigError: one cannot serve this, or is not installed.
+    """
+    compute, masters = (str(each).removeprefix("torch.") for each in (dtype, master_dtype(dtype)))
+    norm, optimizer = config.kernels.chosen(device.type, compute, masters)
+    NORM_KERNELS[norm].require(f"--norm-backend {norm}")
+    OPTIMIZER_KERNELS[optimizer].require(f"--optimizer-backend {optimizer}")
+    return norm, optimizer

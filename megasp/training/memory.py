@@ -159,6 +159,7 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
         attention,
         config.activations.tiled_mlp,
         fp8.products(config.fp8, in_fp8.start, model.num_layers),
+        config.kernels.norm(device, training.compute_dtype)[0] not in (None, "unfused"),
     )
 
 

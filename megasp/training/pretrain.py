@@ -252,7 +252,11 @@ def _introduce(training: Training, datasets: Datasets, phases: Sequence[Phase], 
         log.info(line)
     log.info(
         f"model: {parameter_count(model):,} parameters, {model.num_layers} layers, hidden {model.hidden_size}, "
-        f"vocabulary {model.padded_vocab_size}; compute in {dtype}, attention kernel {training.attention_kernel}"
+        f"vocabulary {model.padded_vocab_size}; compute in {dtype}"
+    )
+    log.info(
+        f"kernels: attention {training.attention_kernel}, norms {training.norm_kernel}, optimizer "
+        f"{training.optimizer_kernel}"
     )
     if config.fp8.fp8_format is not None:
         log.info(f"fp8: {fp8.describe(config.fp8, model.num_layers, training.state.device)}")

@@ -27,7 +27,15 @@ def find(findings: Any, name: str) -> doctor.Finding:
 def test_report(said: list[str]) -> None:
     assert doctor.run(doctor.Options()) == 0
     report = "\n".join(said)
-    for title in ("Software", "Devices", "Attention kernels", "Optional packages", "Network", "System"):
+    for title in (
+        "Software",
+        "Devices",
+        "Attention kernels",
+        "Norms, optimizer, linear layers",
+        "Optional packages",
+        "Network",
+        "System",
+    ):
         assert title in said
     for word in (torch.__version__, "gloo", "auto, cpu bf16", "host name", "GLOO_SOCKET_IFNAME", "open files"):
         assert word in report

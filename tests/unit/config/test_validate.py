@@ -219,6 +219,10 @@ CASES = [
          {"--micro-batch-size": {"micro_batch_size": 2}}),
     Case("fp8 tiles", FP8 | {"seq_length": 48, "tiled_mlp": 2}, "a tile's tokens, 24", "a multiple of 16",
          {"--tiled-mlp": {"tiled_mlp": 3}}),
+    Case("norms of a GPU", {"norm_backend": "apex"}, "--norm-backend apex", "runs on cuda, not on cpu",
+         {"auto": {"norm_backend": "auto"}}),
+    Case("optimizer of a GPU", {"optimizer_backend": "transformer-engine"}, "--optimizer-backend transformer-engine",
+         "runs on cuda, not on cpu", {"auto": {"optimizer_backend": "auto"}}),
     Case("smallest loss scale", {"fp16": True, "initial_loss_scale": 2.0, "min_loss_scale": 4.0}, "4 and initial",
          "or above", {"--min-loss-scale 2": {"min_loss_scale": 2.0}}),
     # Kernels
