@@ -31,6 +31,8 @@ CASES: list[tuple[str, int, str]] = [
     ("llama3-8b", 8, "--context-parallel-size 2"),
     ("llama3-8b", 8, "--recompute-granularity selective --recompute-modules mlp layernorm"),
     ("llama3-8b", 8, "--tiled-mlp 4 --tensor-model-parallel-size 2 --sequence-parallel"),
+    ("llama3-8b", 8, "--fp8-format hybrid --tensor-model-parallel-size 2 --sequence-parallel"),
+    ("llama3-8b", 8, "--fp8-format hybrid --fp8-recipe rowwise --first-last-layers-bf16 --ulysses-size 4"),
     ("llama3-8b", 8, "--pipeline-model-parallel-size 4 --global-batch-size 16"),
     ("llama3-8b", 8, f"--ulysses-size 8 {LONG}"),
     ("llama3-8b", 8, f"--ring-size 8 {LONG}"),
@@ -61,6 +63,9 @@ CASES: list[tuple[str, int, str]] = [
         f"--recompute-num-layers 2 --global-batch-size 2 {LONG}",
     ),
 ]
+SHOWN = ("recompute", "tiled", "num-virtual", "fp8", "first-last")
+"""Beginnings of the flags that a row shows beside its layout."""
+
 OPTIONS = {
     "nothing": "",
     "selective: core_attn": "--recompute-granularity selective",
@@ -71,6 +76,9 @@ OPTIONS = {
     "tiled MLP": "--tiled-mlp 8",
     "all-but-attention": "--recompute-granularity all-but-attention",
     "full": FULL,
+    "fp8": "--fp8-format hybrid",
+    "fp8, selective: layernorm, mlp_act": "--fp8-format hybrid --recompute-granularity selective "
+    "--recompute-modules layernorm mlp_act",
 }
 
 
@@ -93,7 +101,7 @@ def compare() -> None:
             counted = dry_run.count(config, layout, expected.rank, steps=1)
             difference = expected.total / counted.peak - 1
             worst = max(worst, abs(difference))
-            options = [word for word in flags.split("--") if word.startswith(("recompute", "tiled", "num-virtual"))]
+            options = [word for word in flags.split("--") if word.startswith(SHOWN)]
             said = " ".join("--" + word.strip() for word in options)
             print(
                 f"| {model}, {config.training.seq_length} | {layout.name} | {said} | {place} "

@@ -96,7 +96,8 @@ class Attention(nn.Module):
             init_std=config.init_method_std / (2 * config.num_layers) ** 0.5,
             factory=factory,
             name=f"{name}.o",
-            products=products,
+            # Its input is the kernel's output, which that keeps, unless the kernel runs again or heads were exchanged.
+            products=products.keeping_input(state.ulysses.size == 1 and not self.recompute),
         )
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:

@@ -116,7 +116,8 @@ def _attention(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[P
     else:
         parts += inner
     hidden = attention.heads * attention.head_dim
-    parts.append(sizes.products.footprint("residual branch", sizes.tokens, hidden, model.hidden_size, item))
+    products = sizes.products.keeping_input(attention.ulysses == 1 and not recompute.does("core_attn"))
+    parts.append(products.footprint("residual branch", sizes.tokens, hidden, model.hidden_size, item))
     return [*parts, *_branch_end(model, sizes), *_dropout(model, sizes)]
 
 
