@@ -30,7 +30,7 @@ from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.data import Batch
 from megasp.data_parallel import global_norm, sum_partial_, sum_tied_
-from megasp.model import fp8, init, loss, norm_kernels
+from megasp.model import fp8, init, loss, matmul, norm_kernels
 from megasp.parameters import Piece
 from megasp.training.build import Training, build
 
@@ -113,12 +113,14 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
 
 
 def _kernel_of_a_gpu(config: Config) -> Config:
-    """The same run with the CPU's kernel that holds as much as a GPU's would: scores with both, or with neither."""
+    """The same run with the CPU's kernel that holds as much as a GPU's would: scores with both, or with neither; and
+    with weight gradients in a GPU's dtype."""
     training, model = config.training, config.model
     dtype = training.compute_dtype
     name, _ = choose_kernel(training.attention_backend, "cuda", dtype, model.attention_dropout, model.head_dim)
     backend = "unfused" if name == "unfused" else "auto"
-    training = dataclasses.replace(training, attention_backend=backend)
+    made = "fp32" if training.widens_gradients("cuda") else "compute"
+    training = dataclasses.replace(training, attention_backend=backend, weight_gradient_dtype=made)
     return dataclasses.replace(config, training=training, kernels=KernelConfig())
 
 
@@ -148,10 +150,14 @@ def _statistic(x: Tensor) -> Tensor:
 
 @contextmanager
 def _fake(fused_norms: bool) -> Iterator[Tracker]:
-    """Fake tensors inside, which stand for those of a GPU: the loss passes over a chunk's logits at once there."""
+    """Fake tensors inside, which stand for those of a GPU: the loss passes over a chunk's logits at once there, and
+    products of lower precision are written in fp32 as they are."""
 
     def no_values(piece: Piece, seed: int) -> Tensor:
         return torch.empty(0).expand(piece.box.size) if 0 in piece.box.size else torch.empty(()).expand(piece.box.size)
+
+    def wide_product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.new_empty((x.shape[0], y.shape[0]), dtype=dtype)
 
     resize = torch.UntypedStorage.resize_
     tracker = Tracker()
@@ -178,6 +184,7 @@ def _fake(fused_norms: bool) -> Iterator[Tracker]:
         mock.patch.dict(norm_kernels.NORMS, unfused=_FusedNorms() if fused_norms else norm_kernels.UNFUSED),
         mock.patch.dict(fp8.KERNELS, cpu=fp8.scaled_mm),
         mock.patch.object(torch, "_scaled_mm", no_product),  # which has no form for fake tensors of a CPU
+        mock.patch.object(matmul, "wide_product", wide_product),
         mock.patch.object(torch.UntypedStorage, "resize_", resize_),
         FakeTensorMode(allow_non_fake_inputs=True),
         tracker,

@@ -27,6 +27,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "--fp8": ("--fp8-format",),
     "--fp8-hybrid": ("--fp8-format", "hybrid"),
     "--fp8-e4m3": ("--fp8-format", "e4m3"),
+    "--no-gradient-accumulation-fusion": ("--weight-gradient-dtype", "compute"),
     "--recompute-activations": ("--recompute-granularity", "selective"),
 }
 """flag -> megasp's flags for it. A value follows the last of them."""
@@ -74,7 +75,7 @@ _ACCEPTED: tuple[tuple[int, str, str], ...] = (
     (0, "GELU is always in its tanh form, that of GPT-2 and of Megatron-LM's fused kernel", "--no-bias-gelu-fusion"),
     (0, "GELU is always in its tanh form, which is OpenAI's", "--openai-gelu"),
     (0, _KERNELS, "--no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion"),
-    (0, _KERNELS, "--no-gradient-accumulation-fusion --use-te-activation-func"),
+    (0, _KERNELS, "--use-te-activation-func"),
     (0, _NORMS, "--no-persist-layer-norm"),
     (0, _LOSS, "--cross-entropy-loss-fusion"),
     (1, _LOSS, "--cross-entropy-fusion-impl"),

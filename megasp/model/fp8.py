@@ -108,16 +108,19 @@ class Fp8:
     def keeping_input(self, wanted: bool) -> "Fp8":
         return replace(self, keeps_input=wanted)
 
-    def footprint(self, name: str, rows: int, inputs: int, outputs: int, item: int, gather: int = 1) -> Part:
+    def footprint(
+        self, name: str, rows: int, inputs: int, outputs: int, item: int, gradient: int, gather: int = 1
+    ) -> Part:
         # In fp8 an element is a byte. A cast has a scaled copy in between; what is transposed is copied.
         x, y, weight = rows * inputs, gather * rows * outputs, inputs * outputs
+        made = weight * (gradient if gradient == item or self.recipe == "tensorwise" else item + gradient)
         copies = 2 if self.recipe == "rowwise" else 1
         gathered, dx = gather * x if gather > 1 else 0, gather * x * item
         cast_weight = item * weight + weight
         forward = max((copies + item) * x, copies * x + gathered + max(cast_weight, weight + y * item))
         held = (copies * y) + (x if self.keeps_input else 0) + gathered
         input_gradient = max(cast_weight, 2 * weight + dx, weight + dx + (x * item if gather > 1 else 0))
-        last = held - (copies - 1) * y + x * item + y + gather * x + weight * item
+        last = held - (copies - 1) * y + x * item + y + gather * x + made
         backward = max((copies + item) * y, held + input_gradient, last)
         kept, waiting = ({}, x * item) if self.keeps_input else ({f"inputs of {name}, fp8": x}, x)
         return Part(name, y * item, forward, backward, kept, keeps_input=self.keeps_input, deferred=waiting + y)
@@ -131,7 +134,9 @@ def scaled_mm(a: Operand, b: Operand, dtype: torch.dtype, bias: Tensor | None = 
     assert a.scale is not None and b.scale is not None
     right_scale = b.scale if b.scale.dim() == 0 else b.scale.t()
     left, right = a.values.contiguous(), b.values.contiguous().t()
-    return torch._scaled_mm(left, right, a.scale, right_scale, bias=bias, out_dtype=dtype)
+    # With a scale for each row the kernels write bf16 alone.
+    out_dtype = dtype if a.scale.dim() == 0 else torch.bfloat16
+    return torch._scaled_mm(left, right, a.scale, right_scale, bias=bias, out_dtype=out_dtype).to(dtype)
 
 
 def emulated(a: Operand, b: Operand, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:

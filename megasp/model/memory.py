@@ -31,6 +31,7 @@ class Sizes:
         tokens: of all its samples, on this rank before tensor parallelism splits them.
         samples: B.
         item: bytes of an element in the compute dtype.
+        gradient: of a weight's gradient as it is made, `head_gradient` of the head's.
         tp: tensor-parallel ranks; `sequence_parallel`: they split the residual stream, too.
         attention: how attention is split; its heads are this tensor-parallel rank's.
         dropout: whether dropout is on.
@@ -42,6 +43,8 @@ class Sizes:
     tokens: int
     samples: int
     item: int
+    gradient: int
+    head_gradient: int
     tp: int
     sequence_parallel: bool
     attention: AttentionSizes
@@ -93,13 +96,13 @@ def _norm(model: ModelConfig, sizes: Sizes, remade: bool = False) -> Part:
 
 
 def _attention(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[Part]:
-    attention, item = sizes.attention, sizes.item
+    attention, item, gradient = sizes.attention, sizes.item, sizes.gradient
     remade = recompute.does("layernorm")
     width = (attention.heads + 2 * attention.kv_heads) * attention.head_dim
     parts = [
         _norm(model, sizes, remade),
         sizes.products.keeping_input(remade).footprint(
-            "q, k, v", sizes.rows, model.hidden_size, width, item, sizes.split
+            "q, k, v", sizes.rows, model.hidden_size, width, item, gradient, sizes.split
         ),
     ]
     heads = sizes.tokens * (attention.heads + attention.kv_heads)
@@ -117,7 +120,7 @@ def _attention(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[P
         parts += inner
     hidden = attention.heads * attention.head_dim
     products = sizes.products.keeping_input(attention.ulysses == 1 and not recompute.does("core_attn"))
-    parts.append(products.footprint("residual branch", sizes.tokens, hidden, model.hidden_size, item))
+    parts.append(products.footprint("residual branch", sizes.tokens, hidden, model.hidden_size, item, gradient))
     return [*parts, *_branch_end(model, sizes), *_dropout(model, sizes)]
 
 
@@ -137,24 +140,26 @@ def _dropout(model: ModelConfig, sizes: Sizes) -> list[Part]:
 
 
 def _mlp(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[Part]:
-    stream, item = sizes.rows * model.hidden_size * sizes.item, sizes.item
+    stream, item, gradient = sizes.rows * model.hidden_size * sizes.item, sizes.item, sizes.gradient
     ffn = model.mlp_size // sizes.tp
     up = ffn * (2 if model.swiglu else 1)
     if sizes.tiles > 1:
         tile = replace(sizes, tokens=sizes.tokens // sizes.tiles, tiles=1)
         parts = _mlp(replace(model, hidden_dropout=0.0), tile, Recompute())
         inner = chain(parts, stream // sizes.tiles, STREAM)
-        whole = tiled_footprint(inner, stream, sizes.tiles, model.hidden_size * (up + ffn), item)
+        whole = tiled_footprint(inner, stream, sizes.tiles, model.hidden_size * (up + ffn), gradient)
         return [whole, *_dropout(model, sizes)]
     act = activation_footprint(model, sizes.tokens * ffn * item)
     norm_again, act_again = recompute.does("layernorm"), recompute.does("mlp_act")
     norm, products = _norm(model, sizes, norm_again), sizes.products
     mlp = [
         products.keeping_input(norm_again).footprint(
-            "MLP hidden", sizes.rows, model.hidden_size, up, item, sizes.split
+            "MLP hidden", sizes.rows, model.hidden_size, up, item, gradient, sizes.split
         ),
         replace(act, remade=act_again),
-        products.keeping_input(act_again).footprint("residual branch", sizes.tokens, ffn, model.hidden_size, item),
+        products.keeping_input(act_again).footprint(
+            "residual branch", sizes.tokens, ffn, model.hidden_size, item, gradient
+        ),
     ]
     end, dropped = _branch_end(model, sizes), _dropout(model, sizes)
     if not recompute.does("mlp"):
@@ -171,20 +176,26 @@ def layer_footprint(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> F
     stream = sizes.rows * model.hidden_size * sizes.item
     halves = [chain(half(model, sizes, recompute), stream, STREAM, residual=True) for half in (_attention, _mlp)]
     layer = joined(halves)
+    shares = sizes.tp if recompute.distributed else 1
     if recompute.granularity == "full":
-        return recomputed(layer, stream, name=STREAM)
+        return recomputed(layer, stream, name=STREAM, shares=shares)
     if recompute.granularity == "all-but-attention":
         attend = next(part for part in attention_parts(sizes.attention) if part.keeps_output)
         also = {attend.name: attend.output or 0, **attend.kept}
-        return recomputed(layer, stream, also, STREAM)
+        return recomputed(layer, stream, also, STREAM, shares)
     return layer
 
 
 def stage_layers(
-    model: ModelConfig, sizes: Sizes, recompute: Recompute, products: Sequence[Products], offloaded: int = 0
+    model: ModelConfig,
+    sizes: Sizes,
+    recompute: Recompute,
+    products: Sequence[Products],
+    offloaded: int = 0,
+    first: bool = True,
 ) -> list[Footprint]:
     """The layers of a stage, which multiply by `products`, those that are recomputed together as one; the first
-    `offloaded` keep theirs on the host.
+    `offloaded` keep theirs on the host. A stage that is not the `first` keeps its own input whole.
 
     Of these the last one's is on the device, too; two layers' are while a forward runs, and while a backward does.
     """
@@ -196,10 +207,15 @@ def stage_layers(
     found: list[Footprint] = []
     away: list[tuple[int, Footprint, int]] = []
     for group, again in recompute.groups(len(products)):
-        if len(group) == 1:
-            found.append(layer(group.start, recompute if again else Recompute()))
+        given = group.start == 0 and not first
+        if not again:
+            found.append(layer(group.start, Recompute()))
+        elif len(group) == 1:
+            found.append(layer(group.start, replace(recompute, distributed=False) if given else recompute))
         else:
-            found.append(recomputed(joined([layer(number, Recompute()) for number in group]), stream, name=STREAM))
+            shares = sizes.tp if recompute.distributed and not given else 1
+            inner = joined([layer(number, Recompute()) for number in group])
+            found.append(recomputed(inner, stream, name=STREAM, shares=shares))
         if group.start < offloaded:
             before = found[-2].total if len(found) > 1 else 0
             away.append((len(found) - 1, found[-1], before))
@@ -214,14 +230,16 @@ def first_footprint(model: ModelConfig, sizes: Sizes) -> Footprint:
     """The embedding."""
     elements = sizes.tokens * model.hidden_size
     table = model.padded_vocab_size // sizes.tp * model.hidden_size
-    parts = [embedding_footprint(elements, table, sizes.item, sizes.tp, sizes.sequence_parallel)]
+    item, gradient = sizes.item, sizes.gradient
+    parts = [embedding_footprint(elements, table, item, gradient, sizes.tp, sizes.sequence_parallel)]
     return chain([*parts, *_dropout(model, sizes)], 8 * sizes.tokens, "token ids")
 
 
 def last_footprint(model: ModelConfig, sizes: Sizes) -> Footprint:
     """The final norm, the head and the loss."""
     d, stream = model.hidden_size, sizes.rows * model.hidden_size * sizes.item
-    loss = loss_footprint(sizes.tokens, d, model.padded_vocab_size // sizes.tp, sizes.item, sizes.split)
+    vocabulary, item = model.padded_vocab_size // sizes.tp, sizes.item
+    loss = loss_footprint(sizes.tokens, d, vocabulary, item, sizes.head_gradient, sizes.split)
     return chain([_norm(model, sizes), loss], stream, STREAM)
 
 

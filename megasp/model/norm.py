@@ -10,6 +10,7 @@ from megasp.footprint import Part
 from megasp.model.init import Factory
 from megasp.model.layers import ONE_RANK, replicated
 from megasp.model.norm_kernels import UNFUSED, NormKernel
+from megasp.model.weight_gradients import gradient_dtype
 from megasp.parallel_state import Axis
 
 
@@ -18,13 +19,13 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, kernel: NormKernel) -> Tensor:
         y, rstd = kernel.rms(x, weight, epsilon)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.epsilon, ctx.kernel = epsilon, kernel
+        ctx.epsilon, ctx.kernel, ctx.dtype = epsilon, kernel, gradient_dtype(weight)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
         dx, dweight = ctx.kernel.rms_backward(dy, *ctx.saved_tensors, ctx.epsilon)
-        return dx, dweight, None, None
+        return dx, dweight.to(ctx.dtype), None, None
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -32,13 +33,13 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, kernel: NormKernel) -> Tensor:
         y, mean, rstd = kernel.layer(x, weight, bias, epsilon)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.epsilon, ctx.kernel = epsilon, kernel
+        ctx.epsilon, ctx.kernel, ctx.dtype = epsilon, kernel, gradient_dtype(weight)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         dx, dweight, dbias = ctx.kernel.layer_backward(dy, *ctx.saved_tensors, ctx.epsilon)
-        return dx, dweight, dbias, None, None
+        return dx, dweight.to(ctx.dtype), dbias.to(ctx.dtype), None, None
 
 
 class Norm(nn.Module):

@@ -20,7 +20,7 @@ class NormKernel(Protocol):
     def rms_backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, epsilon: float
     ) -> tuple[Tensor, Tensor]:
-        """dx, dweight, in the dtypes of x and weight."""
+        """dx in the dtype of x, dweight in the weight's or wider."""
 
     def layer(self, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
         """y, mean, 1 / standard deviation."""
@@ -48,7 +48,7 @@ class Unfused:
         dweight = (dy * normed).flatten(0, -2).sum(0)
         dnormed = dy * weight
         projection = torch.linalg.vecdot(dnormed, normed).unsqueeze(-1).div_(x.shape[-1])
-        return dnormed.addcmul_(normed, projection, value=-1).mul_(rstd).to(x.dtype), dweight.to(weight.dtype)
+        return dnormed.addcmul_(normed, projection, value=-1).mul_(rstd).to(x.dtype), dweight
 
     def layer(self, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -62,7 +62,7 @@ class Unfused:
         dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
             wide_dy.contiguous(), wide_x, weight.shape, mean, rstd, wide_weight, wide_bias, [True, True, True]
         )
-        return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(bias.dtype)
+        return dx.to(x.dtype), dweight, dbias
 
 
 class Fused:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megasp.collectives import start_all_gather
 from megasp.footprint import Part
-from megasp.model.matmul import linear
+from megasp.model.matmul import linear, product
 from megasp.parallel_state import Axis
 
 FEATURES, ROWS = -1, 0
@@ -88,16 +88,20 @@ class Products(Protocol):
         """That cast, from what was kept."""
 
     def multiply(self, a: Operand, b: Operand, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-        """a b^T + bias: [..., C] and matrix [N, C] -> [..., N] of the dtype."""
+        """a b^T + bias: [..., C] and matrix [N, C] -> [..., N] of the dtype, which is the operands' where there is a
+        bias."""
 
     def keeping_input(self, wanted: bool) -> "Products":
         """The same, where it is `wanted` keeping the input itself, which something else keeps or makes again."""
 
-    def footprint(self, name: str, rows: int, inputs: int, outputs: int, item: int, gather: int = 1) -> Part:
+    def footprint(
+        self, name: str, rows: int, inputs: int, outputs: int, item: int, gradient: int, gather: int = 1
+    ) -> Part:
         """Bytes of a linear layer on `rows` rows of `inputs` features, which it gathers over `gather` ranks before.
 
         Args:
             item: bytes of an element of activations and weights.
+            gradient: in which its weight's gradient is made.
         """
 
 
@@ -115,13 +119,15 @@ class Plain:
         return kept
 
     def multiply(self, a: Operand, b: Operand, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-        return linear(a.values, b.values, bias)
+        return linear(a.values, b.values, bias) if dtype == a.values.dtype else product(a.values, b.values, dtype)
 
     def keeping_input(self, wanted: bool) -> "Plain":
         return self
 
-    def footprint(self, name: str, rows: int, inputs: int, outputs: int, item: int, gather: int = 1) -> Part:
-        x, y, weight = rows * inputs * item, gather * rows * outputs * item, inputs * outputs * item
+    def footprint(
+        self, name: str, rows: int, inputs: int, outputs: int, item: int, gradient: int, gather: int = 1
+    ) -> Part:
+        x, y, weight = rows * inputs * item, gather * rows * outputs * item, inputs * outputs * gradient
         gathered = gather * x if gather > 1 else 0
         return Part(name, y, y + gathered, 2 * gathered + x + weight, deferred=x + y)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megasp.footprint import Footprint, Part
+from megasp.model.weight_gradients import gradient_dtype
 
 
 class _Tiled(torch.autograd.Function):
@@ -41,7 +42,9 @@ class _Tiled(torch.autograd.Function):
                 held = sums[index]
                 sums[index] = gradient.to(wide) if held is None else held.add_(gradient)
             del part, out, gradient, gradients
-        weights = (total.to(p.dtype) for total, p in zip(sums, ctx.parameters, strict=True) if total is not None)
+        weights = (
+            total.to(gradient_dtype(p)) for total, p in zip(sums, ctx.parameters, strict=True) if total is not None
+        )
         return dx, None, None, *weights
 
 
@@ -56,10 +59,10 @@ def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tiles: int, parameter
     return _Tiled.apply(x, function, min(tiles, len(x)), *parameters)
 
 
-def tiled_footprint(tile: Footprint, size: int, tiles: int, weights: int, item: int) -> Part:
+def tiled_footprint(tile: Footprint, size: int, tiles: int, weights: int, gradient: int) -> Part:
     """Bytes of what runs in tiles of an input of `size` bytes, each of which holds `tile`; its weights have `weights`
-    elements of `item` bytes."""
+    elements, whose gradients are made in `gradient` bytes each."""
     view = size // tiles  # a tile of the input, and of the gradients, is no memory of its own
-    gradients = weights * (max(item, 4) + item)
+    gradients = weights * (max(gradient, 4) + gradient)
     working = max(tile.forward - view, tile.backward - 2 * view)
     return Part("residual branch", size, size + tile.passing - view, size + gradients + working)

@@ -7,7 +7,7 @@ use: some 1 to 3 GB.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megasp.config.context_parallel import split_context
 from megasp.config.kernels import choose_kernel
@@ -104,6 +104,9 @@ def account(
     ends = {stage.number: model_memory.end_parameters(model, layout.tp, stage.first, stage.last) for stage in mine}
     elements = sum(len(stage.layers) * layer + sum(ends[stage.number].values()) for stage in mine)
     heads = sum(end.get(name, 0) for end in ends.values() for name in ("head", "final norm"))
+    if gradient_item:
+        made = min(sizes.gradient, gradient_item)
+        sizes = replace(sizes, gradient=made, head_gradient=made)
     gradient_item = gradient_item or (2 if training.grad_reduce_in_bf16 else None)
     shards = layout.dp_inner * layout.cp
     zero = config.parallel.zero_stage if zero is None else zero
@@ -150,10 +153,13 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
         dropout=dropout > 0,
     )
     in_fp8 = config.fp8.layers(model.num_layers)
+    gradient = 4 if training.widens_gradients(device) else item
     return Sizes(
         tokens,
         training.micro_batch_size,
         item,
+        gradient,
+        4 if training.fp16 else gradient,
         layout.tp,
         config.parallel.sequence_parallel and layout.tp > 1,
         attention,
@@ -167,13 +173,15 @@ def _stage(config: Config, sizes: Sizes, stage: Stage, growing: int, reducing: i
     """One microbatch through a stage; `growing` is the bytes of a gradient that has no buffer, `reducing` of those of a
     layer that are reduced meanwhile."""
     model = config.model
+    activations = config.activations
     products = [fp8.products(config.fp8, number, model.num_layers) for number in stage.layers]
-    offloaded = config.activations.offloaded(len(stage.layers))
-    layers = model_memory.stage_layers(model, sizes, config.activations.recompute, products, offloaded)
+    layers = model_memory.stage_layers(
+        model, sizes, activations.recompute, products, activations.offloaded(len(products)), stage.first
+    )
     ends = model_memory.end_parameters(model, sizes.tp, stage.first, stage.last)
     each = model_memory.layer_parameters(model, sizes.tp)
     pieces = [*layers]
-    gradients = [each * len(group) for group, _ in config.activations.recompute.groups(len(stage.layers))]
+    gradients = [each * len(group) for group, _ in activations.recompute.groups(len(products))]
     if stage.first:
         pieces.insert(0, model_memory.first_footprint(model, sizes))
         gradients.insert(0, ends["embedding"] + ends.get("positions", 0))

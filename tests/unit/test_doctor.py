@@ -74,7 +74,9 @@ def test_apex_of_pypi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: spec)
     assert "pip uninstall apex" in find(doctor.packages(), "apex").advice
     (tmp_path / "optimizers").mkdir()
-    assert find(doctor.packages(), "apex") == doctor.Finding("apex", "0.1 (--norm-backend and --optimizer-backend apex)")
+    assert find(doctor.packages(), "apex") == doctor.Finding(
+        "apex", "0.1 (--norm-backend and --optimizer-backend apex)"
+    )
 
 
 def test_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
