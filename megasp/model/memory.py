@@ -221,7 +221,12 @@ def stage_layers(
             away.append((len(found) - 1, found[-1], before))
     for index, piece, before in away[:-1]:
         found[index] = replace(
-            piece, kept={}, forward=piece.forward + before, backward=piece.backward + before, host=piece.total
+            piece,
+            kept={},
+            forward=piece.forward + before,
+            backward=piece.backward + before,
+            put_off=piece.put_off + before,
+            host=piece.total,
         )
     return found
 
