@@ -62,6 +62,25 @@ def _gpu() -> int:
     return index
 
 
+def ranks_of_node() -> int | None:
+    """Ranks that the launcher started on this machine; None where it does not say."""
+    told = os.environ.get("LOCAL_WORLD_SIZE")
+    return int(told) if told else None
+
+
+def check_nodes_agree(ranks: int, device: torch.device) -> None:
+    """Refuse a split of the ranks that they chose by nodes of different sizes: groups would not match, and hang."""
+    most = torch.tensor([ranks, -ranks], device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    high, low = int(most[0]), -int(most[1])
+    if high != low:
+        raise ConfigError(
+            f"nodes of {low} to {high} ranks",
+            "the split of the context-parallel ranks weighs it, and must be one",
+            "give --nproc-per-node, or --ulysses-size and --ring-size",
+        )
+
+
 def use_loopback() -> None:
     """Let gloo talk over the loopback interface, when all ranks are on this host and nobody chose an interface.
 

@@ -80,7 +80,13 @@ CASES = [
          "seq-length 32 and max-position-embeddings 16", "must cover", numbers("max_position_embeddings", 32)),
     # The layout
     Case("world", {TP: 4, "world": 6}, "tensor 4 x pipeline 1 x Ulysses 1 x ring 1 = 4 on 6 ranks",
-         "must divide the number of ranks", numbers("world", 4, 8)),
+         "must divide the number of ranks", numbers("world", 4, 8) | numbers(TP, 2)),
+    Case("world-ring", {"ring_size": 3, "world": 8, "seq_length": 48}, "ring 3 = 3 on 8 ranks",
+         "must divide the number of ranks", numbers("world", 6, 9) | numbers("ring_size", 2, 4)),
+    Case("world-ulysses", {"ulysses_size": 3, "world": 16, "seq_length": 48, "num_attention_heads": 8}, "on 16 ranks",
+         "must divide the number of ranks", numbers("world", 15, 18) | numbers("ulysses_size", 2, 4)),
+    Case("world-context", {CP: 6, "world": 16, "seq_length": 48}, "= 6 on 16 ranks",
+         "must divide the number of ranks", numbers("world", 12, 18) | numbers(CP, 4, 8)),
     Case("cp-type", {"cp_comm_type": "ring"}, "cp-comm-type ring", "a2a, p2p, a2a+p2p, all_gather",
          {"a2a": {"cp_comm_type": "a2a"}}),
     Case("cp-a2a", {"ring_size": 2, "cp_comm_type": "a2a", "world": 2}, "cp-comm-type a2a with ulysses-size 1 and "
