@@ -32,6 +32,8 @@ CASES: list[tuple[str, int, str]] = [
     ("llama3-8b", 8, "--context-parallel-size 2"),
     ("llama3-8b", 8, "--recompute-granularity selective --recompute-modules mlp layernorm"),
     ("llama3-8b", 8, "--tiled-mlp 4 --tensor-model-parallel-size 2 --sequence-parallel"),
+    ("llama3-8b", 8, "--fp8-format hybrid --tensor-model-parallel-size 2 --sequence-parallel"),
+    ("llama3-8b", 8, "--fp8-format hybrid --fp8-recipe rowwise --first-last-layers-bf16 --ulysses-size 4"),
     ("llama3-8b", 8, "--pipeline-model-parallel-size 4 --global-batch-size 16"),
     ("llama3-8b", 8, f"--ulysses-size 8 {LONG}"),
     ("llama3-8b", 8, f"--ring-size 8 {LONG}"),
@@ -67,8 +69,9 @@ CASES: list[tuple[str, int, str]] = [
         f"--recompute-num-layers 2 --global-batch-size 2 {LONG}",
     ),
 ]
-SAID = ("recompute", "tiled", "num-virtual", "data-parallel-sharding", "optimizer-cpu")
+SAID = ("recompute", "tiled", "num-virtual", "data-parallel-sharding", "optimizer-cpu", "fp8", "first-last")
 """Beginnings of the flags that a table names beside the layout."""
+
 OPTIONS = {
     "nothing": "",
     "selective: core_attn": "--recompute-granularity selective",
@@ -79,6 +82,9 @@ OPTIONS = {
     "tiled MLP": "--tiled-mlp 8",
     "all-but-attention": "--recompute-granularity all-but-attention",
     "full": FULL,
+    "fp8": "--fp8-format hybrid",
+    "fp8, selective: layernorm, mlp_act": "--fp8-format hybrid --recompute-granularity selective "
+    "--recompute-modules layernorm mlp_act",
 }
 
 

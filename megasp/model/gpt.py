@@ -5,6 +5,7 @@ D hidden size, V vocabulary. The residual stream is [S, B, D], sequence first, s
 sequence never moves memory; with sequence parallelism it is [S / T, B, D].
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -20,7 +21,9 @@ from megasp.model.init import Factory
 from megasp.model.layers import VocabParallelEmbedding, lookup, replicated
 from megasp.model.loss import linear_cross_entropy
 from megasp.model.norm import Norm
+from megasp.model.norm_kernels import UNFUSED, NormKernel
 from megasp.model.offload import Offload, copier
+from megasp.model.products import PLAIN, Products
 from megasp.model.recompute import recomputed, shared_out
 from megasp.model.rotary import cos_sin
 from megasp.parallel_state import ParallelState
@@ -42,6 +45,8 @@ class GPTModel(nn.Module):
         recompute: what is recomputed in the backward, and in which layers.
         tiled_mlp: tiles of the sequence in which each MLP is computed.
         offloaded_layers: first layers whose activations go to the host.
+        norms: the kernel of norms.
+        products: layer number -> how its linear layers multiply; in the dtype of the parameters without it.
         factory: device, dtype and seed of the parameters.
 
     Example:
@@ -63,6 +68,8 @@ class GPTModel(nn.Module):
         recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
         tiled_mlp: int = 1,
         offloaded_layers: int = 0,
+        norms: NormKernel = UNFUSED,
+        products: Callable[[int], Products] = lambda number: PLAIN,
         factory: Factory | None = None,
     ) -> None:
         super().__init__()
@@ -88,7 +95,7 @@ class GPTModel(nn.Module):
         self.groups = recompute.groups(len(layers))
         self.recompute = [recompute if again else Recompute() for group, again in self.groups for _ in group]
         self.layers = nn.ModuleList(
-            Block(config, state, *options, f"layers.{number}", again, tiled_mlp)
+            Block(config, state, *options, f"layers.{number}", again, tiled_mlp, products(number), norms)
             for number, again in zip(layers, self.recompute, strict=True)
         )
         self.final_norm = self.head = None
@@ -101,6 +108,7 @@ class GPTModel(nn.Module):
                 partial=self.sequence_parallel,
                 factory=factory,
                 name="final_norm",
+                kernel=norms,
             )
             if tied:
                 self.head = self.embedding if first else self._embedding(factory, "embedding", 1)

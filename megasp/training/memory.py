@@ -16,6 +16,7 @@ from megasp.config.schema import Config
 from megasp.config.stages import Stage, split
 from megasp.data_parallel.memory import StateBytes, state_bytes
 from megasp.errors import ConfigError
+from megasp.model import fp8
 from megasp.model import memory as model_memory
 from megasp.model.memory import Sizes
 from megasp.pipeline.memory import Peak, StageBytes, peak
@@ -163,7 +164,7 @@ def check_host_memory(config: Config, layout: Layout, ranks: int, memory: int) -
 
 
 def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
-    """The sizes of one microbatch on a rank."""
+    """The sizes of one microbatch on a rank, in the layers that compute in fp8 where some do."""
     model, training, context = config.model, config.training, split_context(config)
     tokens = training.micro_batch_size * training.seq_length // layout.cp
     heads, kv_heads = (max(1, count // layout.tp) for count in (model.num_attention_heads, model.kv_heads))
@@ -185,7 +186,7 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
         unfused=kernel == "unfused" or (kernel is None and dropout > 0),
         dropout=dropout > 0,
     )
-    sequence_parallel = config.parallel.sequence_parallel and layout.tp > 1
+    in_fp8 = config.fp8.layers(model.num_layers)
     gradient = 4 if training.widens_gradients(device) else item
     return Sizes(
         tokens,
@@ -194,9 +195,11 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
         gradient,
         4 if training.fp16 else gradient,
         layout.tp,
-        sequence_parallel,
+        config.parallel.sequence_parallel and layout.tp > 1,
         attention,
         config.activations.tiled_mlp,
+        fp8.products(config.fp8, in_fp8.start, model.num_layers),
+        config.kernels.norm(device, training.compute_dtype)[0] not in (None, "unfused"),
     )
 
 
@@ -204,14 +207,15 @@ def _stage(config: Config, sizes: Sizes, stage: Stage, growing: float, reducing:
     """One microbatch through a stage; `growing` is the bytes of a gradient that has no buffer, `reducing` of those of a
     layer that are reduced meanwhile."""
     model = config.model
-    count, activations = len(stage.layers), config.activations
+    activations = config.activations
+    products = [fp8.products(config.fp8, number, model.num_layers) for number in stage.layers]
     layers = model_memory.stage_layers(
-        model, sizes, activations.recompute, count, activations.offloaded(count), stage.first
+        model, sizes, activations.recompute, products, activations.offloaded(len(products)), stage.first
     )
     ends = model_memory.end_parameters(model, sizes.tp, stage.first, stage.last)
     each = model_memory.layer_parameters(model, sizes.tp)
     pieces = [*layers]
-    gradients = [each * len(group) for group, _ in activations.recompute.groups(count)]
+    gradients = [each * len(group) for group, _ in activations.recompute.groups(len(products))]
     if stage.first:
         pieces.insert(0, model_memory.first_footprint(model, sizes))
         gradients.insert(0, ends["embedding"] + ends.get("positions", 0))
