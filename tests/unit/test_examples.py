@@ -116,14 +116,14 @@ MEGATRON_LLAMA3_8B = (
     "--context-parallel-size 1 --mock-data --tokenizer-type NullTokenizer --vocab-size 128256 "
     "--data-cache-path cache --tiktoken-pattern v2 --split 99,1,0 --no-create-attention-mask-in-dataloader "
     "--no-mmap-bin-files --num-workers 1 --log-interval 1 --eval-iters 32 --eval-interval 100 --save-interval 1000 "
-    "--log-throughput --profile --profile-step-start 4 --profile-step-end 6 --ckpt-format torch_dist "
+    "--log-throughput --ckpt-format torch_dist "
     "--distributed-timeout-minutes 60 --save run --load run --tensorboard-dir board"
 )
 """What its examples/llama for 8B on H100 does, but for `REFUSED` and fp8."""
 
 REFUSED = (
     "--apply-layernorm-1p", "--lr-decay-samples 1949218748", "--lr-warmup-samples 3906252", "--decoupled-lr 5.0e-4",
-    "--decoupled-min-lr 4.5e-5",
+    "--decoupled-min-lr 4.5e-5", "--profile", "--profile-step-start 4", "--profile-step-end 6",
 )  # fmt: skip
 """What that script says, too, and megasp does not serve: each is refused with its reason."""
 
