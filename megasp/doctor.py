@@ -20,7 +20,8 @@ from megasp.config.kernels import NORM_KERNELS, OPTIMIZER_KERNELS, KernelConfig
 
 GIB = 2**30
 PACKAGES = {
-    "flash-attn": "attention kernels",
+    "flash-attn": "attention kernels: --attention-backend flash-attn-2",
+    "flash-attn-3": "attention kernels for Hopper GPUs: --attention-backend flash-attn-3",
     "transformer-engine": "--norm-backend and --optimizer-backend transformer-engine",
     "apex": "--norm-backend and --optimizer-backend apex",
     "transformers": "its models under sequence parallelism, checks of exported ones",

@@ -8,7 +8,8 @@ take inside themselves and for the allocator's rounding. The account of `megasp 
 import dataclasses
 import gc
 import weakref
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,22 +31,29 @@ from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.data import Batch
 from megasp.data_parallel import global_norm, sum_partial_, sum_tied_
-from megasp.model import fp8, init, loss, matmul, norm_kernels
+from megasp.model import fp8, init, loss, matmul, norm_kernels, offload
 from megasp.parameters import Piece
+from megasp.training import communication
 from megasp.training.build import Training, build
+from megasp.training.volumes import Volume, closed_forms
 
 
 class Tracker(TorchDispatchMode):
     """Counts the bytes of the storages that are alive, and their peak.
 
     Attributes:
-        live, peak: bytes now, and at most since `peak` was set.
+        live, peak: bytes of the device now, and at most since `peak` was set.
+        host: bytes now of what would be in the host's memory.
+        flops: kind -> floating-point operations since it was cleared.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.host = 0
+        self.flops: Counter[str] = Counter()
         self._sizes: dict[int, int] = {}
+        self._of_host: set[int] = set()
+        self._hosting = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, torch.distributed.tensor.DTensor) for kind in types):
@@ -54,6 +62,11 @@ class Tracker(TorchDispatchMode):
         for tensor in tree_iter((out, args)):
             if isinstance(tensor, Tensor):
                 self.note(tensor.untyped_storage())
+        name = func.overloadpacket.__name__
+        if name in PRODUCTS:
+            self.flops["matrix products"] += _product_flops(name, args, out)
+        elif "scaled_dot_product" in name:
+            self.flops["attention"] += _attention_flops(name, args)
         return out
 
     def note(self, storage: torch.UntypedStorage) -> None:
@@ -61,21 +74,70 @@ class Tracker(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key not in self._sizes:
             weakref.finalize(storage, self._forget, key)
-        self.live += size - self._sizes.get(key, 0)
+            if self._hosting:
+                self._of_host.add(key)
+        self._add(key, size - self._sizes.get(key, 0))
         self._sizes[key] = size
         self.peak = max(self.peak, self.live)
 
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """What is allocated inside would be in the host's memory."""
+        self._hosting = True
+        yield
+        self._hosting = False
+
+    def move_to_host(self, x: Tensor) -> None:
+        """A tensor that is the host's from now on."""
+        key = x.untyped_storage()._cdata
+        self._add(key, -self._sizes[key])
+        self._of_host.add(key)
+        self._add(key, self._sizes[key])
+
+    def _add(self, key: int, size: int) -> None:
+        if key in self._of_host:
+            self.host += size
+        else:
+            self.live += size
+
     def _forget(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
+        self._add(key, -self._sizes.pop(key))
+        self._of_host.discard(key)
+
+
+PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_linear_pointwise": 0}
+"""Operators of matrix products, and the place of their first factor."""
+
+
+def _product_flops(name: str, args: Sequence[Any], out: Any) -> int:
+    return 2 * out.numel() * args[PRODUCTS[name]].shape[-1]
+
+
+def _attention_flops(name: str, args: Sequence[Any]) -> int:
+    """Of PyTorch's fused attention on a CPU, whose last argument says whether it is causal, and is counted half then:
+    two products forward, five backward."""
+    backward = name.endswith("backward")
+    query, key = args[1:3] if backward else args[:2]
+    return (5 if backward else 2) * 2 * query.numel() * key.shape[-2] // (2 if args[-1] is True else 1)
 
 
 @dataclass(frozen=True)
 class Count:
-    """Bytes of one rank: after the build, and the peaks of a step's passes and of its optimizer."""
+    """Of one rank.
+
+    Attributes:
+        built, passes, optimizer: bytes after the build, and the peaks of a step's passes and of its optimizer.
+        volume: what the step sent, and computed.
+        formula: the same in closed form.
+        host: bytes that the host holds between steps.
+    """
 
     built: int
     passes: int
     optimizer: int
+    volume: Volume
+    formula: Volume
+    host: int = 0
 
     @property
     def peak(self) -> int:
@@ -93,12 +155,17 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
         state = parallel_state.build(layout, torch.device("cpu"))
-        with _fake(fused_norms) as tracker:
+        with fake_tensors(fused_norms) as tracker:
             training = build(config, state)
+            for master, weight in zip(training.optimizer.masters, training.replicas.masters, strict=True):
+                for tensor in (master, *training.optimizer.state[master].values()) if master is not weight else ():
+                    tracker.move_to_host(tensor)
             built = tracker.live
             batches = [_batch(training) for _ in range(config.num_microbatches(layout))]
             for _ in range(steps):
                 tracker.peak = 0
+                tracker.flops.clear()
+                communication.reset(training)
                 training.pipeline.train(batches, 1.0)
                 training.replicas.finish()
                 passes, tracker.peak = tracker.peak, 0
@@ -107,9 +174,20 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
                 global_norm(training.replicas.masters, state.model)
                 training.optimizer.step()
                 training.replicas.publish()
-            return Count(built, passes, tracker.peak)
+            volume = Volume(_sent(training), tracker.flops)
+            return Count(built, passes, tracker.peak, volume, closed_forms(training, batches), tracker.host)
     finally:
         dist.destroy_process_group()
+
+
+def _sent(training: Training) -> Counter[tuple[str, str]]:
+    return Counter(
+        {
+            (name, operation): size
+            for name, axis in training.state.axes.items()
+            for operation, size in axis.traffic.bytes_sent.items()
+        }
+    )
 
 
 def _kernel_of_a_gpu(config: Config) -> Config:
@@ -149,14 +227,16 @@ def _statistic(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _fake(fused_norms: bool) -> Iterator[Tracker]:
-    """Fake tensors inside, which stand for those of a GPU: the loss passes over a chunk's logits at once there, and
-    products of lower precision are written in fp32 as they are."""
+def fake_tensors(fused_norms: bool = True) -> Iterator[Tracker]:
+    """Fake tensors inside, which stand for those of a GPU (the loss passes over a chunk's logits at once there,
+    products of lower precision are written in fp32 as they are, and norms may be one kernel), and the tracker that
+    counts them."""
 
     def no_values(piece: Piece, seed: int) -> Tensor:
         return torch.empty(0).expand(piece.box.size) if 0 in piece.box.size else torch.empty(()).expand(piece.box.size)
 
     def wide_product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+        tracker.flops["matrix products"] += 2 * x.numel() * y.shape[0]
         return x.new_empty((x.shape[0], y.shape[0]), dtype=dtype)
 
     resize = torch.UntypedStorage.resize_
@@ -173,11 +253,19 @@ def _fake(fused_norms: bool) -> Iterator[Tracker]:
         with unset_fake_temporarily():
             return from_group(*args, **kwargs)
 
+    to_host = offload.PlainCopier.to_host
+
+    def copy_out(copies: offload.PlainCopier, x: Tensor) -> Any:
+        with tracker.on_host():
+            return to_host(copies, x)
+
     def no_product(a: Tensor, b: Tensor, *_: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        tracker.flops["matrix products"] += 2 * a.numel() * b.shape[1]
         return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
     gc.collect()
     with (
+        mock.patch.object(offload.PlainCopier, "to_host", copy_out),
         mock.patch.object(DeviceMesh, "from_group", real_mesh),
         mock.patch.object(init, "initial_values", no_values),
         mock.patch.object(loss, "CACHE_BYTES", 1 << 62),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from megasp.config.batch_schedule import BatchSchedule
 from megasp.config.flags import flag
 from megasp.config.fp8 import Fp8Config
+from megasp.config.host_offload import HostOffloadConfig
 from megasp.config.kernels import KernelConfig
 from megasp.config.layout import Layout
 from megasp.config.loss_scale import LossScaleConfig
@@ -44,8 +45,11 @@ class ParallelConfig:
     cp_comm_type: str | None = flag(
         None,
         "how they exchange: a2a is Ulysses, p2p, all_gather and lightseq are ways of the ring's ranks, a2a+p2p is "
-        "Ulysses x ring; with --context-parallel-size alone the split that sends least is chosen",
+        "Ulysses x ring; with --context-parallel-size alone the split that sends least over slow links is chosen",
         choices=("a2a", "p2p", "all_gather", "lightseq", "a2a+p2p"),
+    )
+    nproc_per_node: int | None = flag(
+        None, "ranks of a node, torchrun's without it; that choice counts bytes between nodes for more"
     )
     ulysses_size: int | None = flag(
         None, "ranks of Ulysses sequence parallelism (all-to-all between sequence and heads)"
@@ -267,6 +271,7 @@ class Config:
     fp8: Fp8Config = field(default_factory=Fp8Config)
     kernels: KernelConfig = field(default_factory=KernelConfig)
     activations: ActivationConfig = field(default_factory=ActivationConfig)
+    offload: HostOffloadConfig = field(default_factory=HostOffloadConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

@@ -30,8 +30,14 @@ class Copier(Protocol):
     def to_device(self, host: Tensor) -> tuple[Tensor, Any]:
         """A copy on the device, and a mark of when it is done."""
 
+    def onto(self, x: Tensor, values: Tensor) -> Any:
+        """Copy values of the host onto `x` on the device, in its dtype; a mark of when it is done."""
+
     def wait(self, mark: Any) -> None:
         """Let the computation that follows wait for a mark."""
+
+    def settle(self, mark: Any) -> None:
+        """Let the host wait for a mark."""
 
 
 class CUDACopier:
@@ -48,6 +54,10 @@ class CUDACopier:
         x = torch.empty(host.shape, dtype=host.dtype, device=self.device)
         return x, self._copy(x, host)
 
+    def onto(self, x: Tensor, values: Tensor) -> Any:
+        pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)  # its allocator keeps it until it has travelled
+        return self._copy(x, pinned.copy_(values))
+
     def _copy(self, to: Tensor, source: Tensor) -> Any:
         # Also into memory that is new: what was there before may still be in use on the other stream.
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -58,6 +68,9 @@ class CUDACopier:
     def wait(self, mark: Any) -> None:
         torch.cuda.current_stream(self.device).wait_event(mark)
 
+    def settle(self, mark: Any) -> None:
+        mark.synchronize()
+
 
 class PlainCopier:
     """Copies at once."""
@@ -67,8 +80,13 @@ class PlainCopier:
 
     to_device = to_host
 
+    def onto(self, x: Tensor, values: Tensor) -> Any:
+        x.copy_(values)
+
     def wait(self, mark: Any) -> None:
         pass
+
+    settle = wait
 
 
 def copier(device: torch.device) -> Copier:

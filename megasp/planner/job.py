@@ -93,7 +93,8 @@ class Job:
     zero: int = 0
     recompute: Redone = Redone()
     offload_activations: float = 0.0
-    offload_optimizer: bool = False
+    offload_optimizer: float = 0.0
+    offload_weights: bool = False
     software: Software = MEGASP
 
     @classmethod
@@ -114,6 +115,8 @@ class Job:
             fp8_layers=len(config.fp8.layers(config.model.num_layers)) / config.model.num_layers,
             zero=layout.zero,
             offload_activations=_offloaded(config, stages),
+            offload_optimizer=config.offload.moved_share,
+            offload_weights=config.offload.cpu_offloading_weights,
             recompute=Redone.of(config.activations.recompute, max(len(stage.layers) for stage in stages)),
             software=replace(
                 MEGASP,

@@ -225,10 +225,14 @@ def _recompute(job: Job, forward: Work, forward_parts: Parts) -> float:
 
 
 def _zero3(job: Job, rates: Rates, made: dict[str, Parts]) -> None:
-    """Weights are gathered one layer ahead of forward and backward, and gradients scattered behind the backward."""
+    """Weights are gathered one layer ahead of forward and backward, and gradients scattered behind the backward; shards
+    that are on the host come from there, and gradients go there."""
     group, weights = groups(job)["shard"], job.layer_parameters
     gather = rates.collective(group, 2.0 * weights)
     reduce = rates.collective(group, job.software.gradient_bytes * weights)
+    if job.offload_weights:
+        copy = rates.host(4.0 * weights / group.size)
+        gather, reduce = gather + copy, reduce + copy
     compute = {"F": sum(made["F"].values()), "I": sum(made["I"].values()) + sum(made["W"].values())}
     for kind, seconds in (("F", gather), ("I", gather + reduce)):
         hidden = min(seconds, compute[kind])

@@ -39,8 +39,9 @@ class Work:
         self._blocks: dict[tuple[int, int], tuple[Block, ...]] = {}
         self._packed: dict[tuple[int, int], tuple[Block | Pack, ...]] = {}
         ranks = range(len(held))
-        pairs = frozenset((q, k) for q in ranks for k in ranks if any(True for _ in self._between(q, k)))
-        self.schedule = SCHEDULES[comm](len(held), pairs, parts)
+        counts = {(q, k): sum(block.pairs for block in self._between(q, k)) for q in ranks for k in ranks}
+        self._pairs = {owners: count for owners, count in counts.items() if count}
+        self.schedule = SCHEDULES[comm](len(held), self._pairs, parts)
 
     @property
     def documents(self) -> list[Sequence[int]] | None:
@@ -77,4 +78,4 @@ class Work:
 
     def pairs(self, task: Task) -> float:
         """(query, key) pairs of a task: its share of the attention's work, up to heads and samples."""
-        return sum(block.pairs for block in self.blocks(task.q, task.k)) / self.schedule.parts
+        return self._pairs[task.q, task.k] / self.schedule.parts

@@ -1,6 +1,6 @@
 """Builds what a run trains, in one visible order: stages, master weights and gradient sync, pipeline, optimizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -19,8 +19,8 @@ from megasp.pipeline.executor import Pipeline
 from megasp.pipeline.schedules import placement
 from megasp.sequence_parallel import Mask, SequenceAttention, kernels
 from megasp.sequence_parallel.shards import Shards, shards
+from megasp.training.host_optimizer import MasterOptimizer
 from megasp.training.loss_scale import LossScale
-from megasp.training.optimizer import build_optimizer
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Training:
     model: nn.ModuleList
     pipeline: Pipeline
     replicas: Replicas | WeightShards
-    optimizer: torch.optim.Optimizer
+    optimizer: MasterOptimizer
     loss_scale: LossScale
     attention_kernel: str
     norm_kernel: str
@@ -68,6 +68,9 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
     mask = Mask(config.model.window_size, config.model.attention_sinks)
     held = shards(config.training.seq_length, state.ring.size, state.ulysses.size, context.ring_mode, mask)
     chunks, plan = config.parallel.ulysses_head_chunks, config.pipeline
+    zero, weights_on_host = config.parallel.zero_stage, config.offload.cpu_offloading_weights
+    shares_out = zero > 0 and (state.axes["dp_cp"].size > 1 or weights_on_host)
+    factory = Factory(state.device, dtype, config.training.seed)
     owner = placement(plan.schedule, plan.ranks, plan.chunks)
     stages = {
         stage.number: GPTModel(
@@ -83,7 +86,7 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
             norms=NORMS[norms],
             offloaded_layers=config.activations.offloaded(len(stage.layers)),
             products=partial(fp8.products, config.fp8, layers=config.model.num_layers),
-            factory=Factory(state.device, dtype, config.training.seed),
+            factory=replace(factory, device="meta") if shares_out else factory,
         )
         for stage in split(config)
         if owner[stage.number] == state.pp.rank
@@ -92,13 +95,15 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
     gradient_dtype = torch.bfloat16 if config.training.grad_reduce_in_bf16 else None
     widen = config.training.widens_gradients(state.device.type)
     replicas: Replicas | WeightShards
-    zero = config.parallel.zero_stage
-    if zero and state.axes["dp_cp"].size > 1:
-        replicas = WeightShards(list(stages.values()), state, zero, gradient_dtype, plan.defers_weight_gradients, widen)
+    if shares_out:
+        deferred = plan.defers_weight_gradients
+        replicas = WeightShards(
+            list(stages.values()), factory, state, zero, gradient_dtype, deferred, widen, weights_on_host
+        )
     else:
-        replicas = Replicas(model, state.gradients, gradient_dtype, widen)
+        replicas = Replicas(model, state.gradients, gradient_dtype, widen, config.offload.optimizer_share)
     pipeline = Pipeline(plan, stages, state, replicas.begin_microbatch, dtype)
-    optimizer = build_optimizer(replicas.masters, config.optimizer, stepper)
+    optimizer = MasterOptimizer(replicas.masters, config.optimizer, config.offload.optimizer_share, stepper)
     loss_scale = LossScale.of(config)
     return Training(config, state, held, model, pipeline, replicas, optimizer, loss_scale, kernel, norms, stepper)
 

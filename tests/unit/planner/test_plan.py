@@ -11,7 +11,7 @@ from megasp.config.load import from_values, load, parser
 from megasp.config.presets import PRESETS
 from megasp.config.validate import validate
 from megasp.planner.hardware import load as load_gpu
-from megasp.planner.search import Found, search
+from megasp.planner.search import SIMULATED, Found, search
 from megasp.planner.space import Request
 
 SMALL = ["plan", "--model", "llama3-8b", "--gpus", "8", "--global-batch-size", "64", "--seq-length", "8192"]
@@ -38,6 +38,25 @@ def test_answers_are_legal_fit_and_differ(found: Found) -> None:
         assert plan.peak <= 80e9
     times = [plan.time.seconds for plan in found.plans]
     assert times == sorted(times)
+
+
+def test_little_is_looked_into() -> None:
+    """Of 70B on 64 GPUs some 20,000 combinations have a floor that fits; those that a faster one beats are not timed,
+    few are counted by the account, and fewer simulated."""
+    big = request(64, **{**PRESETS["llama3-70b"], "seq_length": 8192, "global_batch_size": 1024})
+    found = search(big)
+    assert found.space > 300 and found.tried < 3500 and found.accounts < 1000
+    assert all(plan.time.parts for plan in found.plans[:SIMULATED])
+    assert not any(plan.time.parts for plan in found.plans[SIMULATED:])
+
+
+def test_offloaded_activations_do_not_count_on_the_gpu() -> None:
+    """A search that may offload finds what fits with it alone."""
+    alone = {"recompute_granularity": "full", "tiled_mlp": 8, "cpu_offloading_activations": True}
+    sharded = {"data_parallel_sharding_strategy": "optim_grads_params", "ulysses_size": 8, "micro_batch_size": 1}
+    long = {"seq_length": 2**21, "global_batch_size": 1, "tensor_model_parallel_size": 1} | sharded
+    plan = search(request(8, **long)).plans[0]
+    assert alone.items() <= plan.values.items() and plan.memory[0].host > 50e9
 
 
 def test_a_bound_is_never_above_an_answer(found: Found) -> None:
@@ -84,17 +103,35 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model llama3-8b --gpus 0 --global-batch-size 8", "--gpus 0"),
         ("--model llama3-9b --gpus 8", "as --help says"),
         ("--model llama3-8b --gpus 8 --global-batch-size 8 --gpuss 3", "did you mean --gpus"),
-        ("--model llama3-70b --gpus 1 --global-batch-size 8 --micro-batch-size 1", "no layout fits"),
+        ("--model llama3.1-405b --gpus 1 --global-batch-size 8 --micro-batch-size 1", "no layout fits"),
         ("--model llama3-8b --gpus 8 --global-batch-size 8 --explain tp3", "ranks must be"),
         ("--model llama3-8b --gpus 8 --global-batch-size 8 --explain t8", "layout name"),
         ("--model llama3-8b --gpus 6 --global-batch-size 8 --tensor-model-parallel-size 6", "num-attention-heads"),
         ("--model llama3-8b --gpus 7 --global-batch-size 8 --ring-size 1 --ulysses-size 1"
          " --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1", "multiple of their product"),
+        ("--model llama3-8b --gpus 7 --global-batch-size 8 --ring-size 1 --ulysses-size 1"
+         " --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1", "4 or 8 GPUs have a layout"),
+        ("--model llama3-8b --gpus 8 --global-batch-size 8 --explain tp5-pp3", "--explain tp5-pp3 on 8 GPUs"),
+        ("--model llama3-8b --gpus 6 --global-batch-size 6 --explain tp3-pp2", "num-attention-heads"),
+        ("--model llama3-8b --gpus 8 --global-batch-size 8 --pipeline-model-parallel-size 2"
+         " --pipeline-model-parallel-layout Et|tx", "pipeline-model-parallel-layout"),
+        ("--model llama3-8b --gpus 8 --global-batch-size 8 --recompute-granularity some", "recompute-granularity"),
     ],
 )  # fmt: skip
 def test_refused(flags: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", *flags.split()]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_host_takes_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """8B on one GPU has its optimizer on the host, or is refused where that is too small."""
+    flags = ["plan", "--model", "llama3-8b", "--gpus", "1", "--global-batch-size", "1", "--ring-size", "1"]
+    assert cli.main([*flags, "--top", "1"]) == 0
+    assert "on the host" in capsys.readouterr().out
+    small = tmp_path / "small.yaml"
+    small.write_text("base: h100-80\nname: small\nhost: {link_GBps: 50, memory_GBps: 400, memory_GB: 10}\n")
+    assert cli.main([*flags, "--gpu", str(small)]) == 2
+    assert "10 GB of host memory" in capsys.readouterr().err
 
 
 def test_calibrate(tmp_path: Path) -> None:
@@ -115,5 +152,9 @@ def test_dry_run_of_sharded_weights(capsys: pytest.CaptureFixture[str]) -> None:
     )
     sharded = "--data-parallel-sharding-strategy optim_grads_params --ulysses-size 1 --tensor-model-parallel-size 1"
     assert cli.main(["plan", *flags.split(), *sharded.split(), "--dry-run", "1"]) == 0
-    errors = re.findall(r"([+-]\d+\.\d)%$", capsys.readouterr().out, re.M)
+    out = capsys.readouterr().out
+    (line,) = re.findall(r"the account of it.*", out)
+    errors = re.findall(r"([+-]\d+\.\d)%", line)
     assert len(errors) == 2 and all(0 <= float(error) < 25 for error in errors)
+    for words in ("all-gather over dp_cp", "matrix products"):
+        assert re.search(rf"{words} .*=.*=", out), "counted as the closed forms say"
