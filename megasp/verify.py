@@ -28,7 +28,7 @@ from megasp.local_ranks import run_ranks
 from megasp.parameters import Piece, placed
 from megasp.training.build import build
 from megasp.training.datasets import build_datasets, build_loader, resolve
-from megasp.training.learning_rate import learning_rate
+from megasp.training.learning_rate import learning_rates
 from megasp.training.step import accumulate_gradients, apply_gradients
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
@@ -232,9 +232,10 @@ def _train(config: Config, layout: Layout, steps: int, dtype: str) -> tuple[list
     gradients: Held = []
     with build_loader(config, state, training.shards, build_datasets(config).train) as loader:
         for step in range(steps):
+            done = config.training.done(step, loader.consumed_samples)
             losses.append(accumulate_gradients(training, loader.step())[0])
             gradients += [item for p in masters for item in _boxes(step, p, p.grad)]
-            apply_gradients(training, learning_rate(step, config.optimizer, config.train_steps(layout)))
+            apply_gradients(training, *learning_rates(done, config.optimizer, config.training.length))
     return losses, gradients, [item for p in training.optimizer.masters for item in _boxes(0, p, p.data)]
 
 

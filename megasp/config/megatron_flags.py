@@ -45,6 +45,7 @@ _DENSE = "models are dense, which is what this value asks for"
 _DEFAULT = "this value is what megasp does"
 _TRANSFERS = "tensor-parallel transfers of the backward always overlap the weight-gradient GEMMs"
 _LOSS = "the output layer and its loss are always one fused function"
+_CENTERED = "x * (1 + w) with w from zero is x * w with w from one: not decayed, both take the same steps"
 _TIMES = "the time of a step is the only one reported"
 
 _ACCEPTED: tuple[tuple[int, str, str], ...] = (
@@ -85,6 +86,7 @@ _ACCEPTED: tuple[tuple[int, str, str], ...] = (
     (0, _KERNELS, "--no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion"),
     (0, _KERNELS, "--use-te-activation-func"),
     (0, _NORMS, "--no-persist-layer-norm"),
+    (0, _CENTERED, "--apply-layernorm-1p"),
     (0, _LOSS, "--cross-entropy-loss-fusion"),
     (1, _LOSS, "--cross-entropy-fusion-impl"),
     (0, "every layout starts from the same weights, wherever they are generated", "--use-cpu-initialization"),
@@ -104,6 +106,7 @@ _ACCEPTED: tuple[tuple[int, str, str], ...] = (
     # Checkpoints
     (0, _RESHARD, "--use-dist-ckpt --ckpt-fully-parallel-save --ckpt-fully-parallel-load"),
     (0, _RESHARD, "--ckpt-assume-constant-structure --dist-ckpt-optim-fully-reshardable"),
+    (1, _RESHARD, "--ckpt-format"),
     (0, "there is no generator state: randomness is a function of --seed and step", "--no-save-rng"),
     (0, "the tokenizer is the one that the flags name", "--no-use-tokenizer-model-from-checkpoint-args"),
     (0, "SIGTERM and SIGUSR1 always save and stop at the end of the step", "--exit-signal-handler"),
@@ -131,6 +134,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "--expert-tensor-parallel-size": ("1",),
     "--dataloader-type": ("single",),
     "--weight-decay-incr-style": ("constant",),
+    "--ckpt-format": ("torch_dist",),
     "--rerun-mode": ("disabled",),
     "--tensorboard-log-interval": ("1",),
     "--timing-log-level": ("0",),

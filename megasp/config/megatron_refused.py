@@ -121,18 +121,12 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--batch-size",
     ),
     (
-        "the schedule counts steps: divide by --global-batch-size and use --lr-decay-iters, --lr-warmup-iters or "
-        "--lr-wsd-decay-iters",
-        "--lr-decay-samples --lr-warmup-samples --lr-wsd-decay-samples",
-    ),
-    (
         "it was renamed long ago: use --lr-warmup-iters or --lr-warmup-fraction",
         "--warmup",
     ),
     (
-        "all parameters share one learning rate, and weight decay is constant: use --lr, --min-lr and --weight-decay",
-        "--decoupled-lr --decoupled-min-lr --start-weight-decay --end-weight-decay --dump-param-to-param-group-map "
-        "--head-lr-mult",
+        "learning rates are --lr and --decoupled-lr, and weight decay is constant: use --weight-decay",
+        "--start-weight-decay --end-weight-decay --dump-param-to-param-group-map --head-lr-mult",
     ),
     (
         "the schedule comes from this run's flags, never from a checkpoint: repeat them, as the effective config "
@@ -151,8 +145,8 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--use-fused-weighted-squared-relu",
     ),
     (
-        "norms stand before attention and MLP, with weights that start at one: use --normalization",
-        "--apply-layernorm-1p --apply-residual-connection-post-layernorm --qk-l2-norm",
+        "norms stand before attention and MLP, and have weights: use --normalization",
+        "--apply-residual-connection-post-layernorm --qk-l2-norm",
     ),
     (
         "every layer has the same window (--window-size)",
@@ -272,7 +266,7 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
     # Checkpoints
     (
         "checkpoints have one format, safetensors with a JSON manifest, which any layout loads",
-        "--ckpt-format --dist-ckpt-format --ckpt-convert-format --ckpt-convert-save --auto-detect-ckpt-format "
+        "--dist-ckpt-format --ckpt-convert-format --ckpt-convert-save --auto-detect-ckpt-format "
         "--ckpt-convert-update-legacy-dist-opt-format --no-ckpt-fully-parallel-save --dist-ckpt-strictness "
         "--dist-ckpt-save-pre-mcore-014 --load-main-params-from-ckpt --no-strict-fsdp-dtensor-load",
     ),

@@ -40,7 +40,8 @@ RANGES: dict[str, Range] = {
             "context_parallel_size", "nproc_per_node", "ulysses_size", "ulysses_head_chunks", "ring_size",
             "micro_batch_size", "global_batch_size",
             "train_iters", "train_samples", "eval_interval", "log_interval", "exit_interval", "save_interval",
-            "lr_decay_iters", "lr_wsd_decay_iters", "keep_last", "keep_every", "original_max_position_embeddings",
+            "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples",
+            "keep_last", "keep_every", "original_max_position_embeddings",
             "num_distributed_optimizer_instances", "loss_scale_window", "hysteresis", "recompute_num_layers",
             "cpu_offloading_num_layers", "tiled_mlp",
         ),
@@ -48,15 +49,15 @@ RANGES: dict[str, Range] = {
     ),
     **dict.fromkeys(
         (
-            "window_size", "attention_sinks", "num_workers", "eval_iters", "lr_warmup_iters", "min_lr",
-            "lr_warmup_init", "weight_decay", "clip_grad", "init_method_std", "adam_eps", "norm_epsilon", "seed",
-            "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16",
+            "window_size", "attention_sinks", "num_workers", "eval_iters", "lr_warmup_iters", "lr_warmup_samples",
+            "min_lr", "decoupled_min_lr", "lr_warmup_init", "weight_decay", "clip_grad", "init_method_std", "adam_eps",
+            "norm_epsilon", "seed", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16",
         ),
         COUNT,
     ),
     **dict.fromkeys(
         (
-            "lr", "rotary_base", "distributed_timeout_minutes", "exit_duration_in_mins",
+            "lr", "decoupled_lr", "rotary_base", "distributed_timeout_minutes", "exit_duration_in_mins",
             "peak_tflops", "loss_scale", "initial_loss_scale", "min_loss_scale",
         ),
         POSITIVE,

@@ -9,6 +9,9 @@ from torch import nn
 
 from megasp.config.schema import OptimizerConfig
 
+ENDS = ("embedding.weight", "head.weight")
+"""The weights that --decoupled-lr is for; tied to the head, the embedding is both."""
+
 FUSED_ADAM = {"apex": "apex.optimizers", "transformer-engine": "transformer_engine.pytorch.optimizers"}
 """Kernel -> module of its FusedAdam. They count steps by group, PyTorch by parameter."""
 
@@ -16,16 +19,23 @@ FUSED_ADAM = {"apex": "apex.optimizers", "transformer-engine": "transformer_engi
 def build_optimizer(
     masters: Sequence[nn.Parameter], config: OptimizerConfig, kernel: str = "torch"
 ) -> torch.optim.Optimizer:
-    """AdamW over two groups, its state in place from the start so that a checkpoint can fill it.
+    """AdamW, its state in place from the start so that a checkpoint can fill it.
+
+    Its groups are weights that decay and weights that do not, and with a rate of their own the `ENDS`, first.
 
     Args:
         kernel: "torch", PyTorch's fused AdamW, or one of `FUSED_ADAM`, which is installed.
     """
-    decaying = [p for p in masters if p.pieces[0].decay]  # type: ignore[attr-defined]
-    others = [p for p in masters if not p.pieces[0].decay]  # type: ignore[attr-defined]
+    sorted_masters: dict[str, list[nn.Parameter]] = {"ends": [], "decaying": [], "others": []}
+    for master in masters:
+        piece = master.pieces[0]  # type: ignore[attr-defined]
+        own_rate = config.decoupled_lr is not None and piece.name in ENDS
+        sorted_masters["ends" if own_rate else "decaying" if piece.decay else "others"].append(master)
+    ends = {"params": sorted_masters["ends"], "weight_decay": config.weight_decay, "decoupled": True}
     groups: list[dict[str, Any]] = [
-        {"params": decaying, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        *([ends] if sorted_masters["ends"] else []),
+        {"params": sorted_masters["decaying"], "weight_decay": config.weight_decay},
+        {"params": sorted_masters["others"], "weight_decay": 0.0},
     ]
     options: dict[str, Any] = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}
     optimizer: torch.optim.Optimizer
@@ -43,9 +53,10 @@ def build_optimizer(
     return optimizer
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, decoupled_lr: float | None = None) -> None:
+    """Set the rate of the next step; where `ENDS` have their own, it is `decoupled_lr`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr if decoupled_lr is None or not group.get("decoupled") else decoupled_lr
 
 
 def steps_taken(optimizer: torch.optim.Optimizer) -> int:

@@ -36,7 +36,7 @@ from megasp.training.datasets import (
     warn_of_sorted_corpora,
 )
 from megasp.training.devices import peak_tflops
-from megasp.training.learning_rate import learning_rate
+from megasp.training.learning_rate import learning_rates
 from megasp.training.memory import account, check_host_memory
 from megasp.training.memory import table as memory_table
 from megasp.training.metrics import Metrics, Run, peak_memory_gib
@@ -146,12 +146,13 @@ class _Loop:
         config = self.training.config
         start = progress.step
         while progress.step < train_steps:
-            lr = learning_rate(progress.step, config.optimizer, train_steps)
+            done = config.training.done(progress.step, progress.samples)
+            lr, decoupled_lr = learning_rates(done, config.optimizer, config.training.length)
             began = time.perf_counter()
             microbatches = self.loader.step()
             communication.reset(self.training)
             with trace.recording(self.training.pipeline, self._trace_file(progress.step - start, train_steps - start)):
-                result = train_step(self.training, microbatches, lr)
+                result = train_step(self.training, microbatches, lr, decoupled_lr)
             samples = self.loader.consumed_samples - progress.samples
             progress = Progress(progress.step + 1, self.loader.consumed_samples, progress.tokens + result.tokens)
             self.metrics.step(
@@ -159,6 +160,7 @@ class _Loop:
                 loss=result.loss,
                 grad_norm=result.grad_norm,
                 lr=lr,
+                decoupled_lr=decoupled_lr,
                 tokens=progress.tokens,
                 read=samples * config.training.seq_length,
                 seconds=time.perf_counter() - began,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megasp.config import data_rules, layout_rules, precision_rules
+from megasp.config import data_rules, layout_rules, precision_rules, schedule_rules
 from megasp.config import validate as module
 from megasp.config.layout_rules import nearest
 from megasp.config.load import from_values
@@ -142,13 +142,27 @@ CASES = [
     Case("warm-up twice", {"lr_warmup_fraction": 0.1, "lr_warmup_iters": 2}, "--lr-warmup-fraction",
          "the same", {"leave one out": {"lr_warmup_iters": 0}}),
     Case("min-lr", {"min_lr": 2e-3}, "min-lr 0.002 and lr 0.001", "at most lr", {"--min-lr": {"min_lr": 1e-3}}),
+    Case("decoupled-lr", {"decoupled_lr": 5e-4, "min_lr": 6e-4}, "min-lr 0.0006 and decoupled-lr 0.0005",
+         "at most decoupled-lr", {"--min-lr": {"min_lr": 5e-4}}),
+    Case("decoupled-min-lr", {"decoupled_lr": 5e-4, "decoupled_min_lr": 6e-4}, "decoupled-min-lr 0.0006 and decoupled-"
+         "lr 0.0005", "at most decoupled-lr", {"--decoupled-min-lr": {"decoupled_min_lr": 5e-4}}),
+    Case("decoupled alone", {"decoupled_min_lr": 6e-4}, "without --decoupled-lr", "would do nothing",
+         {"add --decoupled-lr": {"decoupled_lr": 1e-3}}),
     Case("warm-up init", {"lr_warmup_init": 1.0}, "lr-warmup-init 1.0 and lr 0.001", "at most lr",
          {"--lr-warmup-init": {"lr_warmup_init": 0.0}}),
     Case("warm-up long", {"lr_warmup_iters": 10}, "warm-up of 10 steps and a decay that ends at step 10",
          "must end before", {"shorten": {"lr_warmup_iters": 9}}),
     Case("wsd", {"lr_decay_style": "WSD"}, "WSD", "has a length", {"--lr-wsd-decay-iters": {"lr_wsd_decay_iters": 2}}),
-    Case("wsd long", {"lr_decay_style": "WSD", "lr_warmup_iters": 3, "lr_wsd_decay_iters": 8}, "lr-wsd-decay-iters 8 "
-         "of 7 steps", "lies within them", {"shorten": {"lr_wsd_decay_iters": 7}}),
+    Case("wsd long", {"lr_decay_style": "WSD", "lr_warmup_iters": 3, "lr_wsd_decay_iters": 8}, "of WSD of 8 steps "
+         "of 7 after", "lies within them", {"shorten": {"lr_wsd_decay_iters": 7}}),
+    Case("steps of samples", {"train_iters": None, "train_samples": 10, "lr_warmup_iters": 2},
+         "--lr-warmup-iters 2 with --train-samples", "counts what says how long",
+         {"--lr-warmup-samples": {"lr_warmup_iters": 0, "lr_warmup_samples": 2},
+          "--train-iters": {"train_iters": 5, "train_samples": None}}),
+    Case("samples of steps", {"lr_decay_samples": 8}, "--lr-decay-samples 8 with --train-iters", "else steps",
+         {"--lr-decay-iters": {"lr_decay_iters": 8, "lr_decay_samples": None}}),
+    Case("samples long", {"train_iters": None, "train_samples": 10, "lr_warmup_samples": 10},
+         "warm-up of 10 samples and a decay that ends at sample 10", "end before", {"": {"lr_warmup_samples": 9}}),
     Case("finetune alone", {"finetune": True}, "--finetune without --load", "would do nothing",
          {"add --load": {"load": "x"}, "leave --finetune out": {"finetune": False}}),
     Case("wsd phase alone", {"lr_wsd_decay_iters": 2}, "without --lr-decay-style WSD", "would do nothing",
@@ -264,7 +278,10 @@ def test_rule(case: Case) -> None:
         validate(*config(case.given | change))  # what the sentence proposes must pass
 
 
-@pytest.mark.parametrize("rules", [module, data_rules, layout_rules, precision_rules], ids=lambda rules: rules.__name__)
+RULES = [module, data_rules, layout_rules, precision_rules, schedule_rules]
+
+
+@pytest.mark.parametrize("rules", RULES, ids=lambda rules: rules.__name__)
 def test_every_rule_has_a_case(rules: ModuleType) -> None:
     """Each place that refuses something is reached by a case above."""
     source = inspect.getsource(rules)
