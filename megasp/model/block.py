@@ -70,6 +70,8 @@ class Block(nn.Module):
     Args:
         recompute: of which "selective" is done here; the rest is of whole layers.
         tiles: in which the MLP and its norm are computed, along the sequence.
+
+    Where attention is over chunks of the sequence, the whole layer is computed chunk by chunk.
     """
 
     def __init__(
@@ -84,7 +86,9 @@ class Block(nn.Module):
         tiles: int = 1,
     ) -> None:
         super().__init__()
-        self.recompute, self.tiles = recompute, tiles
+        self.recompute = recompute
+        self.chunks, self.split = attend.sequence_chunks, state.tp.size if sequence_parallel else 1
+        self.tiles = -(-tiles // self.chunks)  # of a chunk
 
         def norm(site: str) -> Norm:
             return Norm(
@@ -108,6 +112,16 @@ class Block(nn.Module):
         self.mlp_key = site_key(factory.seed, f"{name}.mlp residual")
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        if self.chunks == 1:
+            return self._layer(x, tokens)
+        past = self.attention.attend.past()
+
+        def chunk(x: Tensor, number: int) -> Tensor:
+            return self._layer(x, tokens.chunk(number, self.chunks, self.split, past))
+
+        return tiled(chunk, x, self.chunks, list(self.parameters()), past)
+
+    def _layer(self, x: Tensor, tokens: Tokens) -> Tensor:
         x = x + dropout(self._attention(x, tokens), self.dropout, self.attention_key, tokens.keys)
         return x + dropout(self._mlp(x), self.dropout, self.mlp_key, tokens.keys)
 
@@ -119,7 +133,7 @@ class Block(nn.Module):
     def _mlp(self, x: Tensor) -> Tensor:
         norm, mlp, does = self.mlp_norm, self.mlp, self.recompute.does
         if self.tiles > 1:
-            return tiled(lambda x: mlp(norm(x)), x, self.tiles, [*norm.parameters(), *mlp.parameters()])
+            return tiled(lambda x, _: mlp(norm(x)), x, self.tiles, [*norm.parameters(), *mlp.parameters()])
         if does("mlp") and does("layernorm") and torch.is_grad_enabled():
             return recomputed(lambda x: mlp(norm(x)), x)
         normed = norm(x)

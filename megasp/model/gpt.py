@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megasp.collectives import copy_to, gather_from, start_all_gather
 from megasp.config.recompute import Recompute
 from megasp.config.schema import ModelConfig
+from megasp.host_copies import copier
 from megasp.model.attention import Tokens
 from megasp.model.block import Block
 from megasp.model.dropout import TokenKeys, dropout, site_key
@@ -20,7 +21,7 @@ from megasp.model.init import Factory
 from megasp.model.layers import VocabParallelEmbedding, replicated
 from megasp.model.loss import linear_cross_entropy
 from megasp.model.norm import Norm
-from megasp.model.offload import Offload, copier
+from megasp.model.offload import Offload
 from megasp.model.recompute import recomputed
 from megasp.model.rotary import cos_sin
 from megasp.parallel_state import ParallelState
