@@ -42,7 +42,7 @@ RANGES: dict[str, Range] = {
             "train_iters", "train_samples", "eval_interval", "log_interval", "exit_interval", "save_interval",
             "lr_decay_iters", "lr_wsd_decay_iters", "keep_last", "keep_every", "original_max_position_embeddings",
             "num_distributed_optimizer_instances", "loss_scale_window", "hysteresis", "recompute_num_layers",
-            "cpu_offloading_num_layers", "tiled_mlp",
+            "cpu_offloading_num_layers", "tiled_mlp", "sequence_chunks",
         ),
         SIZE,
     ),

@@ -77,6 +77,16 @@ class ActivationConfig:
         None, "first layers of each pipeline stage that do so; all of them without it"
     )
     tiled_mlp: int = flag(1, "tiles of a rank's sequence in which each MLP is computed, forward and backward")
+    sequence_chunks: int = flag(
+        1,
+        "chunks of a rank's sequence in which each whole layer is computed, forward and backward; attention reads the "
+        "keys and values that earlier chunks left (FPDT)",
+    )
+    cpu_offloading_attention: bool = flag(
+        False,
+        "keep in pinned memory of the host what these chunks leave: keys, values, attention's output, and sums of "
+        "gradients; each is fetched while the one before is computed",
+    )
 
     @property
     def recompute(self) -> Recompute:

@@ -9,6 +9,7 @@ from megasp.config.context_parallel import split_context
 from megasp.config.schema import Config
 from megasp.config.stages import split
 from megasp.data_parallel import Replicas, WeightShards
+from megasp.host_copies import copier
 from megasp.model import Factory, GPTModel
 from megasp.parallel_state import ParallelState
 from megasp.pipeline.executor import Pipeline
@@ -57,8 +58,21 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
     kernel = attention_kernel(config, state.device, dtype)
     context = split_context(config)
     mask = Mask(config.model.window_size, config.model.attention_sinks)
-    held = shards(config.training.seq_length, state.ring.size, state.ulysses.size, context.ring_mode, mask)
-    chunks, plan = config.parallel.ulysses_head_chunks, config.pipeline
+    activations, plan = config.activations, config.pipeline
+    chunks, split_over = activations.sequence_chunks, state.tp.size if config.parallel.sequence_parallel else 1
+    held = shards(
+        config.training.seq_length, state.ring.size, state.ulysses.size, context.ring_mode, mask, chunks, split_over
+    )
+    attend = SequenceAttention(
+        state,
+        held,
+        kernel,
+        context.ring_mode,
+        mask,
+        config.parallel.ulysses_head_chunks,
+        sequence_chunks=chunks,
+        copies=copier(state.device) if activations.cpu_offloading_attention else None,
+    )
     owner = placement(plan.schedule, plan.ranks, plan.chunks)
     stages = {
         stage.number: GPTModel(
@@ -68,10 +82,10 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
             first=stage.first,
             last=stage.last,
             sequence_parallel=config.parallel.sequence_parallel,
-            attend=SequenceAttention(state, held, kernel, context.ring_mode, mask, chunks),
-            recompute=config.activations.recompute,
-            tiled_mlp=config.activations.tiled_mlp,
-            offloaded_layers=config.activations.offloaded(len(stage.layers)),
+            attend=attend,
+            recompute=activations.recompute,
+            tiled_mlp=activations.tiled_mlp,
+            offloaded_layers=activations.offloaded(len(stage.layers)),
             factory=Factory(state.device, dtype, config.training.seed),
         )
         for stage in split(config)
