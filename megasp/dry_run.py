@@ -30,6 +30,7 @@ from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.data import Batch
 from megasp.data_parallel import global_norm, sum_partial_, sum_tied_
+from megasp.host_copies import PlainCopier
 from megasp.model import init, loss
 from megasp.parameters import Piece
 from megasp.training.build import Training, build
@@ -40,12 +41,24 @@ class Tracker(TorchDispatchMode):
 
     Attributes:
         live, peak: bytes now, and at most since `peak` was set.
+        host, host_peak: the same of storages that stand for the host's, whose keys are in `on_host`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.host = self.host_peak = 0
         self._sizes: dict[int, int] = {}
+        self.on_host: set[int] = set()
+
+    def copyon_host(self, x: Tensor) -> Tensor:
+        """A copy that is not the device's."""
+        copy = x.clone()
+        key = copy.untyped_storage()._cdata
+        self.live -= self._sizes[key]
+        self.host += self._sizes[key]
+        self.host_peak = max(self.host_peak, self.host)
+        self.on_host.add(key)
+        return copy
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, torch.distributed.tensor.DTensor) for kind in types):
@@ -66,16 +79,22 @@ class Tracker(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
     def _forget(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
+        size = self._sizes.pop(key)
+        if key in self.on_host:
+            self.on_host.remove(key)
+            self.host -= size
+        else:
+            self.live -= size
 
 
 @dataclass(frozen=True)
 class Count:
-    """Bytes of one rank: after the build, and the peaks of a step's passes and of its optimizer."""
+    """Bytes of one rank: after the build, the peaks of a step's passes and of its optimizer, and the host's peak."""
 
     built: int
     passes: int
     optimizer: int
+    host: int
 
     @property
     def peak(self) -> int:
@@ -106,7 +125,7 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
                 global_norm(training.replicas.masters, state.model)
                 training.optimizer.step()
                 training.replicas.publish()
-            return Count(built, passes, tracker.peak)
+            return Count(built, passes, tracker.peak, tracker.host_peak)
     finally:
         dist.destroy_process_group()
 
@@ -135,6 +154,12 @@ def _fake() -> Iterator[Tracker]:
         tracker.note(storage)
         return result
 
+    def to_host(copies: PlainCopier, x: Tensor) -> tuple[Tensor, None]:
+        return tracker.copyon_host(x), None
+
+    def is_host(copies: PlainCopier, x: Tensor) -> bool:
+        return x.untyped_storage()._cdata in tracker.on_host
+
     from_group = DeviceMesh.from_group
 
     def real_mesh(*args: Any, **kwargs: Any) -> DeviceMesh:  # a mesh reads the ranks out of its tensor
@@ -147,6 +172,7 @@ def _fake() -> Iterator[Tracker]:
         mock.patch.object(init, "initial_values", no_values),
         mock.patch.object(loss, "CACHE_BYTES", 1 << 62),
         mock.patch.object(torch.UntypedStorage, "resize_", resize_),
+        mock.patch.multiple(PlainCopier, to_host=to_host, is_host=is_host),
         FakeTensorMode(allow_non_fake_inputs=True),
         tracker,
     ):

@@ -49,7 +49,7 @@ class Footprint:
         passing: the same where nothing is kept.
         backward: the most at a time in the backward, with all that was kept and the output's gradient.
         deferred: what waits for weight gradients that are put off.
-        host: what is kept on the host.
+        host: what is kept on the host; `host_working`: the most that is there at a time beside.
     """
 
     output: int
@@ -59,6 +59,7 @@ class Footprint:
     backward: int
     deferred: int = 0
     host: int = 0
+    host_working: int = 0
 
     @cached_property
     def total(self) -> int:
@@ -138,14 +139,16 @@ def _backward(
 def joined(footprints: Sequence[Footprint]) -> Footprint:
     """Footprints one after another, each with the output of the one before as its input."""
     kept: Counter[str] = Counter()
-    forward = passing = backward = deferred = 0
+    forward = passing = backward = deferred = host = 0
     for each in footprints:
         forward = max(forward, sum(kept.values()) + each.forward)
         passing = max(passing, each.passing)
         backward = max(backward, sum(kept.values()) + each.backward)
         kept.update(each.kept)
         deferred += each.deferred
-    return Footprint(footprints[-1].output, dict(kept), forward, passing, backward, deferred)
+        host += each.host
+    working = max(each.host_working for each in footprints)
+    return Footprint(footprints[-1].output, dict(kept), forward, passing, backward, deferred, host, working)
 
 
 def recomputed(inner: Footprint, size: int, also: dict[str, int] | None = None, name: str = "input") -> Footprint:
@@ -153,7 +156,8 @@ def recomputed(inner: Footprint, size: int, also: dict[str, int] | None = None, 
     kept = {name: size, **(also or {})}
     forward = inner.passing + sum(kept.values()) - size
     backward = max(inner.forward + inner.output, inner.backward)
-    return Footprint(inner.output, kept, forward, inner.passing, backward, inner.deferred)
+    working = inner.host + inner.host_working
+    return Footprint(inner.output, kept, forward, inner.passing, backward, inner.deferred, host_working=working)
 
 
 def as_part(inner: Footprint, size: int, name: str) -> Part:

@@ -22,6 +22,9 @@ class Copier(Protocol):
     def wait(self, mark: Any) -> None:
         """Let the computation that follows wait for a mark."""
 
+    def is_host(self, x: Tensor) -> bool:
+        """Whether these bytes are on the host as they are."""
+
 
 class CUDACopier:
     """On a side stream, through pinned memory."""
@@ -47,6 +50,9 @@ class CUDACopier:
     def wait(self, mark: Any) -> None:
         torch.cuda.current_stream(self.device).wait_event(mark)
 
+    def is_host(self, x: Tensor) -> bool:
+        return x.device.type == "cpu"
+
 
 class PlainCopier:
     """Copies at once."""
@@ -59,6 +65,9 @@ class PlainCopier:
     def wait(self, mark: Any) -> None:
         pass
 
+    def is_host(self, x: Tensor) -> bool:
+        return False
+
 
 class Staying:
     """Copies nothing: what is to be on the host stays where it is."""
@@ -70,6 +79,9 @@ class Staying:
 
     def wait(self, mark: Any) -> None:
         pass
+
+    def is_host(self, x: Tensor) -> bool:
+        return False
 
 
 def copier(device: torch.device) -> Copier:

@@ -15,8 +15,8 @@ from megasp.model.layers import embedding_footprint, linear_footprint, sum_footp
 from megasp.model.loss import loss_footprint
 from megasp.model.norm import norm_footprint
 from megasp.model.rotary import rotary_footprint, tables_footprint
-from megasp.model.tiles import tiled_footprint
-from megasp.sequence_parallel.memory import AttentionSizes, attention_parts
+from megasp.model.tiles import chunked_footprint, tiled_footprint
+from megasp.sequence_parallel.memory import AttentionSizes, PastBytes, attention_parts
 
 STREAM = "residual stream"
 
@@ -33,6 +33,7 @@ class Sizes:
         attention: how attention is split; its heads are this tensor-parallel rank's.
         dropout: whether dropout is on.
         tiles: of the MLP.
+        chunks: of the sequence, one after another; `chunks_on_host`: where what they leave is.
     """
 
     tokens: int
@@ -42,6 +43,8 @@ class Sizes:
     sequence_parallel: bool
     attention: AttentionSizes
     tiles: int = 1
+    chunks: int = 1
+    chunks_on_host: bool = False
 
     @property
     def split(self) -> int:
@@ -85,7 +88,7 @@ def _norm(model: ModelConfig, sizes: Sizes, remade: bool = False) -> Part:
     return replace(part, remade=remade)
 
 
-def _attention(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[Part]:
+def _attention(model: ModelConfig, sizes: Sizes, recompute: Recompute, chunk: Part | None = None) -> list[Part]:
     attention, item = sizes.attention, sizes.item
     gather = sizes.split
     width = (attention.heads + 2 * attention.kv_heads) * attention.head_dim
@@ -100,7 +103,7 @@ def _attention(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[P
     if model.position_embedding_type == "rope":
         rotating = heads * (int(model.head_dim * model.rotary_percent) // 2 * 2) * item
         parts.append(rotary_footprint(attention.qkv, rotating))
-    inner = attention_parts(attention)
+    inner = attention_parts(attention, chunk)
     if recompute.does("core_attn"):
         parts.append(as_part(chain(inner, attention.qkv, "q, k, v"), attention.qkv, "attention output"))
     else:
@@ -151,12 +154,33 @@ def _mlp(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[Part]:
     return [norm, as_part(chain([*mlp, *end], stream, "norm output"), stream, "residual branch"), *dropped]
 
 
+def _layer(model: ModelConfig, sizes: Sizes, recompute: Recompute, chunk: Part | None = None) -> Footprint:
+    stream = sizes.rows * model.hidden_size * sizes.item
+    halves = _attention(model, sizes, recompute, chunk), _mlp(model, sizes, recompute)
+    return joined([chain(half, stream, STREAM, residual=True) for half in halves])
+
+
+def _in_chunks(model: ModelConfig, sizes: Sizes) -> Footprint:
+    chunks, stream = sizes.chunks, sizes.rows * model.hidden_size * sizes.item
+    attention = replace(sizes.attention, tokens=sizes.attention.tokens // chunks)
+    tiles = -(-sizes.tiles // chunks)
+    one = replace(sizes, tokens=sizes.tokens // chunks, attention=attention, tiles=tiles, chunks=1)
+    past = PastBytes.of(attention, chunks, sizes.chunks_on_host)
+    first, last, before = (
+        _layer(model, one, Recompute(), part) for part in (past.first(), past.again(past.sums(chunks, 3)), past.again(0))
+    )
+    part = chunked_footprint(first, (last, before), stream, past, layer_parameters(model, sizes.tp), sizes.item)
+    found = chain([part], stream, STREAM)
+    if not past.host:
+        return found
+    return replace(found, host=sum(past.kept.values()), host_working=(chunks - 1) * past.keys * past.wide)
+
+
 @cache
 def layer_footprint(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> Footprint:
     """A layer that recomputes as `recompute` says, one layer at a time."""
     stream = sizes.rows * model.hidden_size * sizes.item
-    halves = [chain(half(model, sizes, recompute), stream, STREAM, residual=True) for half in (_attention, _mlp)]
-    layer = joined(halves)
+    layer = _layer(model, sizes, recompute) if sizes.chunks == 1 else _in_chunks(model, sizes)
     if recompute.granularity == "full":
         return recomputed(layer, stream, name=STREAM)
     if recompute.granularity == "all-but-attention":
@@ -189,9 +213,9 @@ def stage_layers(
             before = found[-2].total if len(found) > 1 else 0
             away.append((len(found) - 1, found[-1], before))
     for index, piece, before in away[:-1]:
-        found[index] = replace(
-            piece, kept={}, forward=piece.forward + before, backward=piece.backward + before, host=piece.total
-        )
+        found[index] = replace(piece, kept={}, forward=piece.forward + before, backward=piece.backward + before)
+    for index, piece, _ in away:
+        found[index] = replace(found[index], host=piece.host + piece.total)
     return found
 
 

@@ -96,11 +96,11 @@ class Offload:
             key = storage._cdata
             if not weights:  # not before, for sharded weights are gathered when a block begins
                 weights.update(p.untyped_storage()._cdata for block in blocks for p in block.parameters())
-            if key in weights or storage.nbytes() < self.smallest:
+            if key in weights or storage.nbytes() < self.smallest or self.copies.is_host(x):
                 return x
             if key not in current.slots:
-                whole = torch.empty(0, dtype=torch.uint8, device=x.device).set_(storage)
-                current.slots[key] = _Slot.of(whole, self.copies)
+                whole = x.detach().as_strided((storage.nbytes() // x.itemsize,), (1,), 0)
+                current.slots[key] = _Slot.of(whole.view(torch.uint8), self.copies)
             return _Saved(current, key, x)
 
         def unpack(packed: Tensor | _Saved) -> Tensor:

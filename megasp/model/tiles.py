@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megasp.footprint import Footprint, Part
+from megasp.sequence_parallel.memory import PastBytes
 
 
 class Left(Protocol):
@@ -94,3 +95,24 @@ def tiled_footprint(tile: Footprint, size: int, tiles: int, weights: int, item: 
     gradients = weights * (max(item, 4) + item)
     working = max(tile.forward - view, tile.backward - 2 * view)
     return Part("residual branch", size, size + tile.passing - view, size + gradients + working)
+
+
+def chunked_footprint(
+    first: Footprint, again: Sequence[Footprint], size: int, past: PastBytes, weights: int, item: int
+) -> Part:
+    """Bytes of a layer in chunks of an input of `size` bytes.
+
+    Args:
+        first: a chunk that keeps nothing.
+        again: a chunk whose backward follows, the last one's and that of the one before; this has the sums of gradients
+            from the beginning, and those of weights of `weights` elements of `item` bytes.
+        past: what the chunks leave.
+    """
+    view = size // past.chunks  # a chunk of the input and of the gradients is no memory of its own
+    kept = {} if past.host else past.kept
+    last, before = (max(each.forward - view, each.backward - 2 * view) for each in again)
+    popped = 0 if past.host else past.left  # what is kept is there once
+    gradients = weights * (max(item, 4) + item)
+    # Sums from the host: the chunk's own, one in use, one that goes, and one that comes.
+    working = max(last - popped, before - 2 * popped + gradients + past.sums(past.chunks - 1, 4))
+    return Part("residual stream", size, size + sum(kept.values()) + first.passing - view, size + working, kept)

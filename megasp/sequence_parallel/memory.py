@@ -30,11 +30,12 @@ class AttentionSizes:
         return self.tokens * (self.heads + 2 * self.kv_heads) * self.head_dim * self.item
 
 
-def attention_parts(sizes: AttentionSizes) -> list[Part]:
-    """From the fused q, k, v to attention's output on the same tokens."""
+def attention_parts(sizes: AttentionSizes, chunk: Part | None = None) -> list[Part]:
+    """From the fused q, k, v to attention's output on the same tokens; `chunk` is attention itself where the tokens are
+    one chunk of a sequence."""
     split = Part("q, k, v", None, 0, sizes.qkv, keeps_input=False)  # heads apart: a view, whose gradient is not
     if sizes.ulysses == 1:
-        return [split, _attend(sizes, sizes.tokens, sizes.heads, sizes.kv_heads)]
+        return [split, chunk or _attend(sizes, sizes.tokens, sizes.heads, sizes.kv_heads)]
     share = head_shares(sizes.heads, sizes.kv_heads, sizes.ulysses)[sizes.ulysses_rank]
     queries, kv, _ = share.sizes
     tokens, head = sizes.tokens * sizes.ulysses, sizes.head_dim * sizes.item
@@ -50,7 +51,71 @@ def attention_parts(sizes: AttentionSizes) -> list[Part]:
     back = Part(
         "attention output", out, out + int(others * out), tokens * queries * head + int(others * out), keeps_input=False
     )
-    return [split, exchange, _attend(sizes, tokens, queries, queries if repeated else kv), back]
+    return [split, exchange, chunk or _attend(sizes, tokens, queries, queries if repeated else kv), back]
+
+
+@dataclass(frozen=True)
+class PastBytes:
+    """What the chunks of one attention leave (`chunks.Past`).
+
+    Attributes:
+        chunks: how many; `host`: whether it is on the host.
+        queries, keys: of a chunk: q, and k with v; `statistics`: its lse.
+        wide: times that fp32 is larger than an element, rounded up.
+    """
+
+    chunks: int
+    host: bool
+    queries: int
+    keys: int
+    statistics: int
+    wide: int
+
+    @classmethod
+    def of(cls, sizes: AttentionSizes, chunks: int, host: bool) -> "PastBytes":
+        """Of `sizes`, one chunk."""
+        queries, kv = sizes.heads, sizes.kv_heads
+        if sizes.ulysses > 1:
+            share = head_shares(sizes.heads, sizes.kv_heads, sizes.ulysses)[sizes.ulysses_rank]
+            queries, kv, _ = share.sizes
+            kv = kv if share.kv_of_queries(sizes.heads // sizes.kv_heads) is None else queries
+        tokens, wide = sizes.tokens * sizes.ulysses, max(4, sizes.item)
+        row = tokens * sizes.head_dim * sizes.item
+        return cls(chunks, host, queries * row, 2 * kv * row, tokens * queries * wide, wide // sizes.item)
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """By kind, from the forward to the backward. The last chunk's keys are for itself alone."""
+        return {
+            "keys, values": (self.chunks - 1) * self.keys,
+            "attention output": self.chunks * self.queries,
+            "statistics": self.chunks * self.statistics,
+        }
+
+    @property
+    def left(self) -> int:
+        """Out and lse of a chunk."""
+        return self.queries + self.statistics
+
+    def sums(self, chunks: int, at_most: int) -> int:
+        """Gradients of keys and values of so many chunks, with the host `at_most` of them at a time."""
+        return self.keys * self.wide * (min(chunks, at_most) if self.host else chunks)
+
+    def first(self) -> Part:
+        """Attention the first time: over the chunks before, merged."""
+        fetched = 2 * self.keys if self.host else self.keys
+        merged = self.queries * self.wide + 2 * self.statistics
+        block = self.queries * (1 + (self.wide if self.wide > 1 else 0)) + self.statistics
+        return Part("attention output", self.queries, fetched + merged + block, keeps_input=False)
+
+    def again(self, sums: int) -> Part:
+        """Attention the second time, which takes what was left; in the backward `sums` are made."""
+        fetched = 2 * self.keys if self.host else 0
+        gradients = self.queries * (1 + self.wide) + self.keys
+        return Part(
+            "attention output", self.queries, self.left, sums + gradients + fetched, {"statistics": self.statistics},
+            keeps_output=True,
+        )  # fmt: skip
 
 
 def _attend(sizes: AttentionSizes, tokens: int, heads: int, kv_heads: int) -> Part:

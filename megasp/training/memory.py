@@ -32,7 +32,7 @@ class Account:
         peak: the fullest moment of its step.
         layer: kind -> what a layer keeps of one microbatch.
         tokens: of one microbatch on this rank.
-        host: bytes of activations on the host at that moment.
+        host: the most bytes of activations on the host.
     """
 
     rank: int
@@ -114,6 +114,7 @@ def account(
     fullest = peak(steps, pipeline_rank, stages, sizes.rows * model.hidden_size * sizes.item)
     live = Counter(fullest.live) + Counter([fullest.action.stage] * (fullest.action.kind == "F"))
     host = sum(count * sum(piece.host for piece in stages[number].pieces) for number, count in live.items())
+    host += max(piece.host_working for stage in stages.values() for piece in stage.pieces)
     return Account(
         layout.rank(dict.fromkeys(("dp_outer", "dp_inner", "ring", "ulysses", "tp"), 0) | {"pp": pipeline_rank}),
         pipeline_rank,
@@ -149,8 +150,17 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
         dropout=dropout > 0,
     )
     sequence_parallel = config.parallel.sequence_parallel and layout.tp > 1
+    activations = config.activations
     return Sizes(
-        tokens, training.micro_batch_size, item, layout.tp, sequence_parallel, attention, config.activations.tiled_mlp
+        tokens,
+        training.micro_batch_size,
+        item,
+        layout.tp,
+        sequence_parallel,
+        attention,
+        activations.tiled_mlp,
+        activations.sequence_chunks,
+        activations.cpu_offloading_attention,
     )
 
 
