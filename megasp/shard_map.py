@@ -11,8 +11,8 @@ those of its Ulysses ranks one after another, so Ulysses inside the ring needs n
 
 Zigzag (Llama 3, arXiv 2407.21783 section 3.3.2) gives every ring rank equally much causal work: one part from the
 front, one from the back. Chunked, the i-th parts of all ranks lie side by side, so that what comes later in the
-sequence comes later on every rank. With packed documents work is elsewhere: `balanced` deals parts of the sequence by what each
-has. `megasp.sequence_parallel.shards` chooses.
+sequence comes later on every rank. With packed documents work is elsewhere: `balanced` deals parts of the sequence by
+what each has. `megasp.sequence_parallel.shards` chooses.
 """
 
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ class ShardMap:
 
     @classmethod
     def chunked(cls, seq_length: int, ranks: int, chunks: int, split: int = 1) -> "ShardMap":
-        """Part i of what every rank holds makes up, over the ranks in order, the i-th of `chunks` chunks of the sequence.
+        """Parts i of what the ranks hold make up, rank after rank, the i-th of `chunks` chunks of the sequence.
 
         Where `split` tensor-parallel ranks share what a rank holds, its first part is the first one's, and so on: part
         i of each of them, rank after rank, makes up chunk i. ranks * chunks * split must divide `seq_length`.

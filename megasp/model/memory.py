@@ -68,6 +68,11 @@ def layer_parameters(model: ModelConfig, tp: int) -> int:
     return d * (qkv + heads * head + up + ffn) + norms + biases
 
 
+def norm_parameters(model: ModelConfig) -> int:
+    """Elements of a norm of the residual stream."""
+    return model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
+
+
 def end_parameters(model: ModelConfig, tp: int, first: bool, last: bool) -> dict[str, int]:
     """Elements of what is beside the layers: embedding, positions, final norm, head (none of its own where it is tied
     to an embedding that is here)."""
@@ -77,7 +82,7 @@ def end_parameters(model: ModelConfig, tp: int, first: bool, last: bool) -> dict
     counts = {
         "embedding": first * table,
         "positions": learned * (model.max_position_embeddings or 1024) * d,
-        "final norm": last * d * (2 if model.normalization == "LayerNorm" else 1),
+        "final norm": last * norm_parameters(model),
         "head": own_head * table,
     }
     return {name: count for name, count in counts.items() if count}
@@ -166,9 +171,8 @@ def _in_chunks(model: ModelConfig, sizes: Sizes) -> Footprint:
     tiles = -(-sizes.tiles // chunks)
     one = replace(sizes, tokens=sizes.tokens // chunks, attention=attention, tiles=tiles, chunks=1)
     past = PastBytes.of(attention, chunks, sizes.chunks_on_host)
-    first, last, before = (
-        _layer(model, one, Recompute(), part) for part in (past.first(), past.again(past.sums(chunks, 3)), past.again(0))
-    )
+    attend = past.first(), past.again(chunks - 1, sums=False), past.again(chunks - 2, sums=True)
+    first, last, before = (_layer(model, one, Recompute(), part) for part in attend)
     part = chunked_footprint(first, (last, before), stream, past, layer_parameters(model, sizes.tp), sizes.item)
     found = chain([part], stream, STREAM)
     if not past.host:
@@ -231,7 +235,12 @@ def last_footprint(model: ModelConfig, sizes: Sizes) -> Footprint:
     """The final norm, the head and the loss."""
     d, stream = model.hidden_size, sizes.rows * model.hidden_size * sizes.item
     loss = loss_footprint(sizes.tokens, d, model.padded_vocab_size // sizes.tp, sizes.item, sizes.split)
-    return chain([_norm(model, sizes), loss], stream, STREAM)
+    norm = _norm(model, sizes)
+    if sizes.chunks > 1:
+        part = _norm(model, replace(sizes, tokens=sizes.tokens // sizes.chunks))
+        tile, weights = chain([part], stream // sizes.chunks, STREAM), norm_parameters(model)
+        norm = replace(tiled_footprint(tile, stream, sizes.chunks, weights, sizes.item), name="norm output")
+    return chain([norm, loss], stream, STREAM)
 
 
 def tables(model: ModelConfig, sizes: Sizes) -> int:

@@ -1,5 +1,5 @@
-"""A function of a sequence, computed in tiles (arXiv 2506.13996 section 3.1.1): of every token by itself, or of what the
-tiles before have left.
+"""A function of a sequence, computed in tiles (arXiv 2506.13996 section 3.1.1): of every token by itself, or also of
+what the tiles before have left.
 
 Only the input is kept, and what tiles leave. The backward runs each tile forward again and then back, the last one
 first, so what there is at a time does not grow with the sequence. Weight gradients are summed over the tiles in fp32 or
@@ -113,6 +113,5 @@ def chunked_footprint(
     last, before = (max(each.forward - view, each.backward - 2 * view) for each in again)
     popped = 0 if past.host else past.left  # what is kept is there once
     gradients = weights * (max(item, 4) + item)
-    # Sums from the host: the chunk's own, one in use, one that goes, and one that comes.
-    working = max(last - popped, before - 2 * popped + gradients + past.sums(past.chunks - 1, 4))
+    working = max(last - popped, before - 2 * popped + gradients + past.staying)
     return Part("residual stream", size, size + sum(kept.values()) + first.passing - view, size + working, kept)

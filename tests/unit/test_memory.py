@@ -82,12 +82,14 @@ def test_account_is_the_count(name: str) -> None:
 
 
 HOST = {"cpu_offloading_activations": True}
+CHUNKS = {"sequence_chunks": 8, "cpu_offloading_attention": True}
 ON_HOST: dict[str, tuple[dict[str, Any], int]] = {
     "activations": (HOST, 1),
     "activations-full": (HOST | {"recompute_granularity": "full"}, 1),
     "chunks": ({"sequence_chunks": 8, "cpu_offloading_attention": True}, 1),
     "chunks-full": (
-        HOST | {"sequence_chunks": 8, "cpu_offloading_attention": True, "recompute_granularity": "full", "ulysses_size": 2},
+        HOST
+        | {"sequence_chunks": 8, "cpu_offloading_attention": True, "recompute_granularity": "full", "ulysses_size": 2},
         2,
     ),
     "chunks-both": (HOST | {"sequence_chunks": 4, "cpu_offloading_attention": True}, 1),

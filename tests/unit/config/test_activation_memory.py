@@ -30,6 +30,12 @@ from tests.unit.config.test_validate import BASE, PP
         ({"tiled_mlp": 33}, "--tiled-mlp 33 on 32 positions"),
         ({"tiled_mlp": 2, "recompute_granularity": "selective", "recompute_modules": ("mlp",)}, "keeps its input"),
         ({"tiled_mlp": 2, "pipeline_schedule": "zb-h1", PP: 2}, "put off keep all tiles"),
+        ({"cpu_offloading_attention": True}, "without --sequence-chunks"),
+        ({"cpu_offloading_attention": True, "sequence_chunks": 2}, "--cpu-offloading-attention on a CPU"),
+        ({"sequence_chunks": 2, "ring_size": 2}, "balance their work"),
+        ({"sequence_chunks": 3, "ulysses_size": 2}, "use --sequence-chunks 2 or 4"),
+        ({"sequence_chunks": 2, "recompute_granularity": "all-but-attention"}, "gave as it is"),
+        ({"sequence_chunks": 2, "pipeline_schedule": "zb-h1", PP: 2}, "put off keep all chunks"),
         ({"cpu_offloading_num_layers": 1}, "nothing is offloaded"),
         ({"cpu_offloading_activations": True}, "on a CPU"),
         ({"cpu_offloading_activations": True, "recompute_granularity": "all-but-attention"}, "on the device"),
@@ -37,7 +43,7 @@ from tests.unit.config.test_validate import BASE, PP
 )
 def test_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        validate(from_values(BASE | given), given.get(PP, given.get("ulysses_size", 1)))
+        validate(from_values(BASE | given), given.get(PP, given.get("ulysses_size", given.get("ring_size", 1))))
 
 
 def test_offload_on_a_gpu_passes() -> None:
