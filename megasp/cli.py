@@ -27,6 +27,10 @@ COMMANDS = {
     "checkpoint inspect": ("megasp.checkpoints.inspect", "what a checkpoint holds"),
     "checkpoint verify": ("megasp.checkpoints.verify", "read every byte of checkpoints, and name what is damaged"),
     "convert from-hf": ("megasp.checkpoints.convert_from_hf", "a Hugging Face model as a checkpoint"),
+    "convert from-megatron": (
+        "megasp.checkpoints.megatron.command",
+        "a checkpoint of Megatron-LM's as ours, to go on with its run",
+    ),
     "memory": ("megasp.memory", "what each rank will hold in memory, by component"),
     "plan": ("megasp.planner.plan", "the parallel layout that trains fastest on given GPUs, before renting them"),
     "calibrate": ("megasp.planner.calibrate", "measure this machine's rates, for megasp plan --gpu FILE"),

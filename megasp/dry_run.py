@@ -31,7 +31,7 @@ from megasp.config.schema import Config
 from megasp.data import Batch
 from megasp.data_parallel import global_norm, sum_partial_, sum_tied_
 from megasp.host_copies import PlainCopier
-from megasp.model import init, loss
+from megasp.model import init, loss, matmul
 from megasp.parameters import Piece
 from megasp.training.build import Training, build
 
@@ -131,20 +131,27 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
 
 
 def _kernel_of_a_gpu(config: Config) -> Config:
-    """The same run with the CPU's kernel that holds as much as a GPU's would: scores with both, or with neither."""
+    """The same run with the CPU's kernel that holds as much as a GPU's would: scores with both, or with neither; and
+    with weight gradients in a GPU's dtype."""
     training, model = config.training, config.model
     dtype = "bfloat16" if training.bf16 else "float32"
     name, _ = choose_kernel(training.attention_backend, "cuda", dtype, model.attention_dropout, model.head_dim)
     backend = "unfused" if name == "unfused" else "auto"
-    return dataclasses.replace(config, training=dataclasses.replace(training, attention_backend=backend))
+    made = "fp32" if training.widens_gradients("cuda") else "compute"
+    training = dataclasses.replace(training, attention_backend=backend, weight_gradient_dtype=made)
+    return dataclasses.replace(config, training=training)
 
 
 @contextmanager
 def _fake() -> Iterator[Tracker]:
-    """Fake tensors inside, which stand for those of a GPU: the loss passes over a chunk's logits at once there."""
+    """Fake tensors inside, which stand for those of a GPU: the loss passes over a chunk's logits at once there, and
+    products of lower precision are written in fp32 as they are."""
 
     def no_values(piece: Piece, seed: int) -> Tensor:
         return torch.empty(0).expand(piece.box.size) if 0 in piece.box.size else torch.empty(()).expand(piece.box.size)
+
+    def wide_product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.new_empty((x.shape[0], y.shape[0]), dtype=dtype)
 
     resize = torch.UntypedStorage.resize_
     tracker = Tracker()
@@ -171,6 +178,7 @@ def _fake() -> Iterator[Tracker]:
         mock.patch.object(DeviceMesh, "from_group", real_mesh),
         mock.patch.object(init, "initial_values", no_values),
         mock.patch.object(loss, "CACHE_BYTES", 1 << 62),
+        mock.patch.object(matmul, "wide_product", wide_product),
         mock.patch.object(torch.UntypedStorage, "resize_", resize_),
         mock.patch.multiple(PlainCopier, to_host=to_host, is_host=is_host),
         FakeTensorMode(allow_non_fake_inputs=True),

@@ -123,13 +123,14 @@ def _backward(
 ) -> int:
     """The most at a time in the backward."""
     live = peak = kept + sizes[-1]
+    last = max((index for index, part in enumerate(parts) if part.backward), default=-1)
     for index, part in reversed(list(enumerate(parts))):
         before = parts[index - 1] if index else None
         remade = before.forward if before is not None and before.remade else 0
         again = sizes[index] if remade else 0
         peak = max(peak, live + remade, live + again + part.backward)
         if part.backward:
-            through = residual and index == len(parts) - 1  # the residual stream holds it, too
+            through = residual and index == last  # the residual stream holds it, too
             live += sizes[index] - (0 if through else sizes[index + 1])
         live -= sum(part.kept.values())
         live -= sum(sizes[tensor] for tensor, at in keeper.items() if at == index)
@@ -151,11 +152,15 @@ def joined(footprints: Sequence[Footprint]) -> Footprint:
     return Footprint(footprints[-1].output, dict(kept), forward, passing, backward, deferred, host, working)
 
 
-def recomputed(inner: Footprint, size: int, also: dict[str, int] | None = None, name: str = "input") -> Footprint:
-    """The same, made again from its input of `size` bytes: nothing else is kept, but what `also` names."""
-    kept = {name: size, **(also or {})}
-    forward = inner.passing + sum(kept.values()) - size
-    backward = max(inner.forward + inner.output, inner.backward)
+def recomputed(
+    inner: Footprint, size: int, also: dict[str, int] | None = None, name: str = "input", shares: int = 1
+) -> Footprint:
+    """The same, made again from its input of `size` bytes: nothing else is kept, but what `also` names. Of the input
+    that is a share of so many, from which the backward makes it whole."""
+    kept = {name: size // shares, **(also or {})}
+    share = size // shares if shares > 1 else 0
+    forward = inner.passing + sum(kept.values()) - (size if shares == 1 else 0)
+    backward = max(inner.forward + inner.output, inner.backward) + share
     working = inner.host + inner.host_working
     return Footprint(inner.output, kept, forward, inner.passing, backward, inner.deferred, host_working=working)
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from megasp.checkpoints.hf_names import Shape, stack
 from megasp.checkpoints.manifest import Manifest, StoredBox, StoredTensor
 from megasp.checkpoints.safetensors_file import StoredFile
+from megasp.checkpoints.whole_tensors import WEIGHTS
 from megasp.config.hf_config import config_of, read
 from megasp.config.hf_families import Family
 from megasp.config.schema import ModelConfig
@@ -22,7 +23,7 @@ from megasp.model import Factory, GPTModel
 from megasp.parallel_state import ParallelState
 from megasp.parameters import Box
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 DOWNLOAD = "download the model again"
 VOCABULARY = ("embedding.weight", "head.weight")
 

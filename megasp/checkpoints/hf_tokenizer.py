@@ -10,22 +10,32 @@ from megasp.config.schema import DataConfig
 from megasp.data import HuggingFaceTokenizer, Tokenizer, TokenizerOptions
 
 TOKENIZER = "tokenizer.json"
+SENTENCEPIECE = "tokenizer.model"
 GENERATION = "generation_config.json"
 FILES = (
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt",
-    "tokenizer.model", GENERATION,
+    SENTENCEPIECE, GENERATION,
 )  # fmt: skip
 """What may stand beside tokenizer.json and tokenizer_config.json."""
 OWN_CONFIG = "tokenizer_config.json"
 
 
-def carry(source: Path, folder: Path) -> bool:
-    """Copy the tokenizer's files and the generation config of a Hugging Face model, as they are. Returns whether there
-    is a tokenizer among them."""
+def carry(source: Path, folder: Path, home: Path) -> dict[str, str]:
+    """Copy the tokenizer's files and the generation config of a Hugging Face model, as they are.
+
+    Args:
+        home: where `folder` will stand.
+    Returns:
+        Fields of `DataConfig` that name the tokenizer; none where there is no tokenizer among the files.
+    """
     names = [name for name in (TOKENIZER, OWN_CONFIG, *FILES) if (source / name).is_file()]
     for name in names:
         shutil.copyfile(source / name, folder / name)
-    return TOKENIZER in names
+    if TOKENIZER in names:
+        return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(home)}
+    if SENTENCEPIECE in names:
+        return {"tokenizer_type": "GPTSentencePieceTokenizer", "tokenizer_model": str(home / SENTENCEPIECE)}
+    return {}
 
 
 def write_tokenizer(
@@ -45,28 +55,30 @@ def write_tokenizer(
     if kind is None:
         return None
     tokenizer = _build(kind, model, data, vocab_size)
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        path = Path(model or data.tokenizer_model or data.vocab_file or "")
-        home = path if path.is_dir() else path.parent
+    path = Path(model or data.tokenizer_model or data.vocab_file or "")
+    home = path if path.is_dir() else path.parent
+    if kind == "HuggingFaceTokenizer":
+        _copy_beside(home, folder)
+        shutil.copyfile(home / TOKENIZER if path.is_dir() else path, folder / TOKENIZER)
+        _write_config(folder, home, _fast_config(tokenizer, length))
+    elif isinstance(tokenizer, HuggingFaceTokenizer):  # of another vocabulary, such as GPT-2's
         tokenizer.save(folder / TOKENIZER)
-        if kind == "HuggingFaceTokenizer":
-            for name in FILES:
-                if (home / name).is_file():
-                    shutil.copyfile(home / name, folder / name)
-            shutil.copyfile(home / TOKENIZER if path.is_dir() else path, folder / TOKENIZER)
-        _write_config(folder, home if kind == "HuggingFaceTokenizer" else folder, tokenizer, length)
+        _write_config(folder, folder, _fast_config(tokenizer, length))
     elif kind == "GPTSentencePieceTokenizer":
-        shutil.copyfile(data.tokenizer_model or "", folder / "tokenizer.model")
-        config = {
-            "tokenizer_class": "LlamaTokenizer",
-            "add_bos_token": False,
-            "legacy": False,
-            "model_max_length": length,
-        }
-        (folder / OWN_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        if (home / OWN_CONFIG).is_file():  # it came from a model of Hugging Face's
+            _copy_beside(home, folder)
+        shutil.copyfile(path, folder / SENTENCEPIECE)
+        config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "legacy": False}
+        _write_config(folder, home, config | {"model_max_length": length})
     else:
         log.info(f"no tokenizer is written: transformers reads none of the kind {kind}")
     return tokenizer.eod
+
+
+def _copy_beside(home: Path, folder: Path) -> None:
+    for name in FILES:
+        if (home / name).is_file():
+            shutil.copyfile(home / name, folder / name)
 
 
 def _build(kind: str, model: str | None, data: DataConfig, vocab_size: int | None) -> Tokenizer:
@@ -84,15 +96,21 @@ def _build(kind: str, model: str | None, data: DataConfig, vocab_size: int | Non
     return tokenizer
 
 
-def _write_config(folder: Path, home: Path, tokenizer: HuggingFaceTokenizer, length: int) -> None:
-    """tokenizer_config.json: the tokenizer's own, if it has one."""
+def _fast_config(tokenizer: Tokenizer, length: int) -> dict[str, Any]:
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
     token = tokenizer.token(tokenizer.eod)
-    config: dict[str, Any] = {
+    return {
+        "eos_token": token,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": token,
         "model_max_length": length,
         "clean_up_tokenization_spaces": False,  # decoding gives back the text as it was
     }
+
+
+def _write_config(folder: Path, home: Path, config: dict[str, Any]) -> None:
+    """tokenizer_config.json: the tokenizer's own, if it has one; it says which token ends a document in any case."""
     if (home / OWN_CONFIG).is_file():
-        config = json.loads((home / OWN_CONFIG).read_text("utf-8"))
-    (folder / OWN_CONFIG).write_text(json.dumps({"eos_token": token} | config, indent=2) + "\n")
+        own = json.loads((home / OWN_CONFIG).read_text("utf-8"))
+        config = {key: config[key] for key in ("eos_token",) if key in config} | own
+    (folder / OWN_CONFIG).write_text(json.dumps(config, indent=2) + "\n")

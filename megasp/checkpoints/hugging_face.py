@@ -7,11 +7,7 @@ What a family is stands in `megasp.config.hf_families`. Written for transformers
 """
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -21,23 +17,14 @@ import torch
 from torch import Tensor
 
 from megasp import log
-from megasp.checkpoints import safetensors_file
 from megasp.checkpoints.hf_names import Stacked, stack
-from megasp.checkpoints.hf_reader import INDEX, WEIGHTS, read_hugging_face
+from megasp.checkpoints.hf_reader import INDEX, read_hugging_face
 from megasp.checkpoints.hf_tokenizer import GENERATION, carry, write_tokenizer
-from megasp.checkpoints.manifest import (
-    LATEST,
-    MANIFEST,
-    Manifest,
-    StoredBox,
-    StoredTensor,
-    candidates,
-    directory_name,
-    resolve,
-)
+from megasp.checkpoints.manifest import directory_name, resolve
 from megasp.checkpoints.reader import CheckpointReader, saved_model
-from megasp.checkpoints.safetensors_file import DTYPE_NAMES, Entry, StoredFile
 from megasp.checkpoints.safetensors_file import DTYPES as STORED_DTYPES
+from megasp.checkpoints.safetensors_file import Entry
+from megasp.checkpoints.whole_tensors import SHARD_BYTES, appearing, write_checkpoint, write_files
 from megasp.config.flags import build
 from megasp.config.hf_config import family_of, write
 from megasp.config.hf_families import FAMILIES
@@ -46,7 +33,6 @@ from megasp.errors import CheckpointError
 from megasp.parameters import Box
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SHARD_BYTES = 5 * 10**9
 CARRIED = "hugging_face"
 """Directory in a converted checkpoint's root with the files that go back with it: tokenizer, generation config."""
 
@@ -92,7 +78,7 @@ def to_hf(
     names = (name for name in reader.manifest.tensors if name.startswith("model/"))
     stacked = stack(family, {name.removeprefix("model/"): reader.manifest.tensors[name].shape for name in names})
     data = build(DataConfig, config.get("data", {}))
-    with _appearing(Path(output), "--output") as folder:
+    with appearing(Path(output), "--output") as folder:
         eod = write_tokenizer(folder, data, model.vocab_size, tokenizer_model, length)
         ids = _token_ids(folder, eod)
         dtype_name = str(torch_dtype).removeprefix("torch.")
@@ -100,7 +86,7 @@ def to_hf(
         if not (folder / GENERATION).is_file():
             _write_json(folder / GENERATION, {"_from_model_config": True} | ids)
         entries = [Entry(t.key, torch_dtype, t.shape, partial(_read, reader, t, torch_dtype)) for t in stacked]
-        files = _write_files(folder, _split(entries, shard_bytes))
+        files = write_files(folder, entries, shard_bytes)
         if len(files) > 1:
             weight_map = {key: file for file, (part, _) in files.items() for key in part}
             total = sum(entry.nbytes for entry in entries)
@@ -130,35 +116,18 @@ def from_hf(source: Path | str, save: Path | str, dtype: str | None = None, shar
         torch_dtype = DTYPES[dtype] if dtype else STORED_DTYPES[tensor.dtype]
         own = Stacked(name, ((name.removeprefix("model/"), tensor.shape),))
         entries.append(Entry(name, torch_dtype, tensor.shape, partial(_read, reader, own, torch_dtype)))
-    if root.is_dir() and candidates(root):
-        raise CheckpointError(
-            f"--save {root} holds checkpoints", "they are never overwritten", "name another directory"
-        )
-    with _appearing(root, "--save") as folder:
+    with appearing(root, "--save") as folder:
         (folder / CARRIED).mkdir()
-        data = {}
-        if carry(source, folder / CARRIED):
-            data = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(root / CARRIED)}
-        else:
+        data = carry(source, folder / CARRIED, root / CARRIED)
+        if not data:
             log.info(f"{source} has no tokenizer.json: give --tokenizer-model where one is needed")
-        directory = folder / directory_name(0)
-        directory.mkdir()
-        written = _write_files(directory, _split(entries, shard_bytes))
         config = Config(model=model, data=build(DataConfig, data))
         dtypes = {entry.dtype for entry in entries}
         bf16, fp16 = (dtypes == {half} for half in (torch.bfloat16, torch.float16))
         length = _positions(model, 0)
         config = replace(config, training=replace(config.training, bf16=bf16, fp16=fp16, seq_length=length))
         metadata = manifest.metadata | {"config": asdict(config)}
-        boxes = {key: file for file, (keys, _) in written.items() for key in keys}
-        tensors = {
-            e.key: StoredTensor(DTYPE_NAMES[e.dtype], e.shape, (StoredBox(_whole(e.shape), boxes[e.key], e.key),))
-            for e in entries
-        }
-        files = {file: stored for file, (_, stored) in written.items()}
-        text = Manifest(0, manifest.layout, metadata, tensors, files).to_json()
-        (directory / MANIFEST).write_text(text)
-        (folder / LATEST).write_text(directory.name + "\n")
+        write_checkpoint(folder, 0, manifest.layout, metadata, entries, shard_bytes)
     return root / directory_name(0)
 
 
@@ -187,63 +156,6 @@ def _read(reader: CheckpointReader, stacked: Stacked, dtype: torch.dtype) -> Ten
         reader.read(f"model/{name}", _whole(shape), out[row : row + shape[0]])
         row += shape[0]
     return out.t() if stacked.transposed else out
-
-
-def _split(entries: Sequence[Entry], shard_bytes: int) -> dict[str, list[Entry]]:
-    """File name -> its tensors, in order."""
-    shards: list[list[Entry]] = [[]]
-    size = 0
-    for entry in entries:
-        if shards[-1] and size + entry.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(entry)
-        size += entry.nbytes
-    if len(shards) == 1:
-        return {WEIGHTS: shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
-
-
-def _write_files(folder: Path, files: Mapping[str, Sequence[Entry]]) -> dict[str, tuple[list[str], StoredFile]]:
-    """Write files of weights, some at a time. Returns the keys in each, and what it is."""
-    total = sum(entry.nbytes for entries in files.values() for entry in entries)
-    with log.progress(None, "converting", total, "B") as bar, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-
-        def counted(read: Callable[[], Tensor]) -> Tensor:
-            tensor = read()
-            bar.update(tensor.nbytes)
-            return tensor
-
-        def put(file: str) -> StoredFile:
-            entries = [replace(entry, read=partial(counted, entry.read)) for entry in files[file]]
-            return safetensors_file.write(folder / file, entries)
-
-        written = list(pool.map(put, files))
-    keys = ([entry.key for entry in entries] for entries in files.values())
-    return dict(zip(files, zip(keys, written, strict=True), strict=True))
-
-
-@contextmanager
-def _appearing(output: Path, flag: str) -> Iterator[Path]:
-    """A directory to fill, which becomes `output` when all of it is there.
-
-    Raises:
-        CheckpointError: the output exists, or cannot be written.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{flag} {output} exists", "existing output is never overwritten", "name another one")
-    unfinished = output.with_name(f".{output.name}.partial")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        unfinished.rename(output)
-    except OSError as error:
-        rule = f"the directory must be writable ({error.strerror}: {error.filename or output})"
-        fix = "name a directory of your own, or free some space"
-        raise CheckpointError(f"cannot write to {flag} {output}", rule, fix) from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ def check(config: Config, layout: Layout, device: str) -> None:
         ConfigError: the first of them.
     """
     _recompute(config)
+    _distribute(config, layout)
     _tiles(config, layout)
     _chunks(config, layout, device)
     _offload(config, device)
@@ -47,6 +48,38 @@ def _recompute(config: Config) -> None:
             f"--ulysses-head-chunks {config.parallel.ulysses_head_chunks} with --recompute-modules core_attn",
             "attention made again stops at the last tensor that it needs, with the chunks' exchanges on their way",
             "use --ulysses-head-chunks 1, or another recompute",
+        )
+
+
+def _distribute(config: Config, layout: Layout) -> None:
+    options, hidden = config.activations, config.model.hidden_size
+    if not options.distribute_saved_activations:
+        return
+    flag = "--distribute-saved-activations"
+    if options.recompute_granularity not in ("full", "all-but-attention"):
+        raise ConfigError(
+            f"{flag} with recompute-granularity {options.recompute_granularity}",
+            "inputs of layers are what is kept where whole layers are recomputed",
+            "add --recompute-granularity full",
+        )
+    if layout.tp == 1 or config.parallel.sequence_parallel:
+        split = " and --sequence-parallel" if layout.tp > 1 else ""
+        raise ConfigError(
+            f"{flag} with tensor-model-parallel-size {layout.tp}{split}",
+            "it shares out what several tensor-parallel ranks hold alike",
+            f"leave {flag} out",
+        )
+    if hidden % layout.tp:
+        raise ConfigError(
+            f"{flag} with hidden-size {hidden} on tensor-model-parallel-size {layout.tp}",
+            "every rank keeps an equal share",
+            f"leave {flag} out",
+        )
+    if options.cpu_offloading_activations:
+        raise ConfigError(
+            f"{flag} with --cpu-offloading-activations",
+            "the inputs of layers go to the host",
+            f"leave {flag} out",
         )
 
 

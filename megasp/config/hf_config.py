@@ -43,6 +43,9 @@ def read_directory(directory: Path | str, given: Mapping[str, Any]) -> dict[str,
             values["original_max_position_embeddings"] = trained
     if (Path(directory) / "tokenizer.json").is_file():
         values |= {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(directory)}
+    elif (Path(directory) / "tokenizer.model").is_file():
+        model = Path(directory) / "tokenizer.model"
+        values |= {"tokenizer_type": "GPTSentencePieceTokenizer", "tokenizer_model": str(model)}
     return values
 
 

@@ -70,7 +70,8 @@ def load(
     preset = source.model or in_file.get("model")
     if preset and hugging_face:
         rule = "each says what the model is"
-        raise ConfigError(f"--model {preset} and --load-hf {hugging_face}", rule, "leave --model out")
+        named, out = (f"--model {preset}", "--model") if source.model else (f"model: {preset} in {source.config}", "it")
+        raise ConfigError(f"{named} and --load-hf {hugging_face}", rule, f"leave {out} out")
     values |= PRESETS[preset] if preset else {}
     values |= read_directory(hugging_face, in_file | given) if hugging_face else {}
     values |= in_file | given

@@ -24,6 +24,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "--persistent-save-interval": ("--save-interval",),
     "--save-retain-interval": ("--keep-every",),
     "--use-torch-fsdp2": ("--data-parallel-sharding-strategy", "optim_grads_params"),
+    "--no-gradient-accumulation-fusion": ("--weight-gradient-dtype", "compute"),
     "--recompute-activations": ("--recompute-granularity", "selective"),
 }
 """flag -> megasp's flags for it. A value follows the last of them."""
@@ -70,7 +71,7 @@ _ACCEPTED: tuple[tuple[int, str, str], ...] = (
     (0, "GELU is always in its tanh form, that of GPT-2 and of Megatron-LM's fused kernel", "--no-bias-gelu-fusion"),
     (0, "GELU is always in its tanh form, which is OpenAI's", "--openai-gelu"),
     (0, _KERNELS, "--no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion"),
-    (0, _KERNELS, "--no-persist-layer-norm --no-gradient-accumulation-fusion --use-te-activation-func"),
+    (0, _KERNELS, "--no-persist-layer-norm --use-te-activation-func"),
     (0, _LOSS, "--cross-entropy-loss-fusion"),
     (1, _LOSS, "--cross-entropy-fusion-impl"),
     (0, "every layout starts from the same weights, wherever they are generated", "--use-cpu-initialization"),

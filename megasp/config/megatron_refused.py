@@ -89,10 +89,6 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--activations-checkpoint-num-layers",
     ),
     (
-        "--sequence-parallel splits what is saved over the tensor-parallel ranks, and what is not saved, too",
-        "--distribute-saved-activations",
-    ),
-    (
         "of offloading to the host's memory that of activations is built: use --cpu-offloading-activations",
         "--cpu-offloading --optimizer-cpu-offload --optimizer-offload-fraction "
         "--use-torch-optimizer-for-cpu-offload --overlap-cpu-optimizer-d2h-h2d --no-pin-cpu-grads --no-pin-cpu-params",

@@ -13,6 +13,12 @@ def check_precision(config: Config) -> None:
         raise ConfigError("--bf16 and --fp16", "a run computes in one of them", "leave --fp16 out")
     if training.grad_reduce_in_bf16 and not training.bf16:
         raise ConfigError("--grad-reduce-in-bf16 without --bf16", "it is for gradients in bfloat16", "leave it out")
+    if training.grad_reduce_in_bf16 and training.weight_gradient_dtype == "fp32":
+        raise ConfigError(
+            "--weight-gradient-dtype fp32 with --grad-reduce-in-bf16",
+            "gradients that are added in bfloat16 are made in it",
+            "leave one out",
+        )
     given = [field.name for field in dataclasses.fields(scaling) if getattr(scaling, field.name) is not None]
     option = f"--{given[0].replace('_', '-')}" if given else ""
     if given and not training.fp16:

@@ -20,12 +20,14 @@ class Recompute:
             first `num_layers` layers of a stage; "alternate" every `num_layers`-th one.
         modules: with "selective": core_attn, attention's kernel with Ulysses' exchanges; mlp; layernorm, the outputs
             of the norms; mlp_act, the output of the MLP's activation.
+        distributed: the tensor-parallel ranks share out the inputs that whole layers keep.
     """
 
     granularity: str | None = None
     method: str = "uniform"
     num_layers: int = 1
     modules: tuple[str, ...] = ("core_attn",)
+    distributed: bool = False
 
     def groups(self, layers: int) -> list[tuple[range, bool]]:
         """The layers of a stage in groups that run as one, and whether each is recomputed."""
@@ -70,6 +72,11 @@ class ActivationConfig:
         "norms' outputs), mlp_act (the output of the MLP's activation); core_attn without it",
         choices=MODULES,
     )
+    distribute_saved_activations: bool = flag(
+        False,
+        "where whole layers are recomputed, each tensor-parallel rank keeps a share of their input, and the backward "
+        "gathers it (with --sequence-parallel it is split as it is)",
+    )
     cpu_offloading_activations: bool = flag(
         False, "keep what layers save for their backward in pinned memory of the host, and fetch it one layer ahead"
     )
@@ -96,6 +103,7 @@ class ActivationConfig:
             self.recompute_method or "uniform",
             self.recompute_num_layers or 1,
             self.recompute_modules or ("core_attn",),
+            self.distribute_saved_activations,
         )
 
     def offloaded(self, layers: int) -> int:

@@ -173,6 +173,13 @@ class TrainingConfig:
     grad_reduce_in_bf16: bool = flag(
         False, "accumulate and reduce gradients in bfloat16: half the bytes, and a rounding for each microbatch"
     )
+    weight_gradient_dtype: str = flag(
+        "auto",
+        "in which a microbatch's weight gradients are made, before they are added in fp32: fp32, never rounded; or "
+        "compute, rounded to the dtype of the weights; auto is fp32 on GPUs, whose products are in it as they are, and "
+        "compute on CPUs, where they take twice as long",
+        choices=("auto", "fp32", "compute"),
+    )
     attention_backend: str = flag(
         "auto",
         "attention kernel; auto picks the best that this machine has, unfused (local) is the exact reference",
@@ -187,6 +194,12 @@ class TrainingConfig:
     def compute_dtype(self) -> str:
         """PyTorch's name of the dtype of activations and products."""
         return "float16" if self.fp16 else "bfloat16" if self.bf16 else "float32"
+
+    def widens_gradients(self, device: str) -> bool:
+        """Whether weight gradients are made in a wider dtype than the weights', on "cpu" or "cuda"."""
+        wanted = "fp32" if device == "cuda" else "compute"
+        wanted = wanted if self.weight_gradient_dtype == "auto" else self.weight_gradient_dtype
+        return wanted == "fp32" and (self.bf16 or self.fp16) and not self.grad_reduce_in_bf16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,38 +36,41 @@ def text_under(key: str, blocks: Iterator[bytes]) -> Iterator[str]:
         RestOfLine: after some pieces or none.
         UnicodeDecodeError: it is not UTF-8.
     """
-    rest, found, inside, long, wanted = "", False, False, False, False  # inside a string, a long one, the text
-    buffer, decoder = "", codecs.getincrementaldecoder("utf-8-sig")()
+    rest: list[str] = []
+    found, inside, long, wanted = False, False, False, False  # inside a string, a long one, the text
+    buffer, at, decoder = "", 0, codecs.getincrementaldecoder("utf-8-sig")()
     for block in blocks:
-        buffer += decoder.decode(block)
-        while buffer:
+        buffer, at = buffer[at:] + decoder.decode(block), 0
+        while at < len(buffer):
             if not inside:
-                before, quote, buffer = buffer.partition('"')
-                rest, inside, long, wanted = rest + before + quote, bool(quote), False, False
+                quote = buffer.find('"', at) + 1
+                rest.append(buffer[at : quote or None])
+                at, inside, long, wanted = quote or len(buffer), quote > 0, False, False
                 continue
-            end = WHOLE.match(buffer).end()  # type: ignore[union-attr]  # it matches "", too
+            end = WHOLE.match(buffer, at).end()  # type: ignore[union-attr]  # it matches "", too
             closed = buffer[end : end + 1] == '"'
             if not closed and len(buffer) - end >= ESCAPE:
-                raise RestOfLine(rest + buffer[end : end + ESCAPE])  # no escape of JSON
+                raise RestOfLine("".join(rest) + buffer[end : end + ESCAPE])  # no escape of JSON
             if not closed and not long:
-                if end < LONG:
+                if end - at < LONG:
                     break  # until more of it is there
-                long, wanted = True, not found and _is_value(rest[:-1], key)
+                long, wanted = True, not found and _is_value("".join(rest)[:-1], key)
                 found |= wanted
             if not long:
-                rest += buffer[:end]
-            elif wanted and end:
+                rest.append(buffer[at:end])
+            elif wanted and end > at:
                 try:
-                    yield json.loads(f'"{buffer[:end]}"')
+                    yield json.loads(f'"{buffer[at:end]}"')
                 except ValueError:
-                    raise RestOfLine(rest + "\0") from None  # a control character
-            buffer = buffer[end + closed :]
+                    raise RestOfLine("".join(rest) + "\0") from None  # a control character
+            at = end + closed
             if not closed:
                 break
-            rest, inside = rest + '"', False
-    rest += buffer + decoder.decode(b"", True)
-    if not (found and _is_json(rest)) or (inside and wanted):  # half a surrogate at the end, which is no text
-        raise RestOfLine(rest)
+            rest.append('"')
+            inside = False
+    line = "".join(rest) + buffer[at:] + decoder.decode(b"", True)
+    if not (found and _is_json(line)) or (inside and wanted):  # half a surrogate at the end, which is no text
+        raise RestOfLine(line)
 
 
 def _is_value(before: str, key: str) -> bool:

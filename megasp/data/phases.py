@@ -135,7 +135,7 @@ def go_on(stored: Sequence[Phase], wanted: Phase, step: int, samples: int, new_e
     """The phases of a run that goes on after `step` steps and `samples` samples as `wanted` says.
 
     Args:
-        stored: its phases so far.
+        stored: its phases so far; none of a run that began elsewhere, whose data begins anew here.
         wanted: by the flags (`first_phase`).
         new_epoch: datasets whose corpus or sequence length changed begin a new epoch (`--start-new-epoch`).
 
@@ -143,7 +143,7 @@ def go_on(stored: Sequence[Phase], wanted: Phase, step: int, samples: int, new_e
         DataError: a corpus has changed, and `new_epoch` was not asked for; or anything in Megatron-LM's order has.
     """
     if not stored:
-        return (wanted,)
+        return (dataclasses.replace(wanted, step=step, sample=samples),)
     last = stored[-1]
     if _same_data(last, wanted) and last.batch == wanted.batch:
         prefixes = {part.name: part.prefix for part in wanted.parts}  # files may have moved

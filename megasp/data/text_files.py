@@ -224,20 +224,25 @@ def _decoded(blocks: Iterator[bytes]) -> Iterator[str]:
 
 def _parts(document: Document, texts: Iterator[str], cut: Cutter) -> Iterator[Document]:
     """A document in parts that begin and end where `cut` says; a bad one ends with a part of its bad bytes."""
-    text, begins = "", True
+    waiting, size, enough, begins = [""], 0, 1, True
     try:
         for more in texts:
-            at = cut(text) if text else 0
-            if at:
-                yield document._replace(text=text[:at], begins=begins, ends=False)
-                begins = False
-            text = text[at:] + more
+            if size >= enough:
+                text = "".join(waiting)
+                at = cut(text)
+                if at:
+                    yield document._replace(text=text[:at], begins=begins, ends=False)
+                    begins = False
+                waiting, size = [text[at:]], len(text) - at
+                enough = 1 if at else 2 * size  # text that cannot be cut is not looked through again for each block
+            waiting.append(more)
+            size += len(more)
     except UnicodeDecodeError as error:
         yield document._replace(raw=error.object, begins=begins)
     except RestOfLine as line:
         yield document._replace(raw=line.raw, begins=begins)
     else:
-        yield document._replace(text=text, begins=begins)
+        yield document._replace(text="".join(waiting), begins=begins)
 
 
 def _rows(path: Path) -> Iterator[Document]:

@@ -37,14 +37,17 @@ class Replicas:
         model: its parameters all have the compute dtype.
         axis: the ranks over which gradients are summed.
         gradient_dtype: of accumulation and reduction; fp32 or wider without it.
+        widen: gradients of a microbatch are made in it, too, and not in the compute dtype.
 
     Attributes:
         shard_axis: the ranks that share out what a rank holds of the model: this one alone.
         owner: whether this rank writes what it holds to a checkpoint; the others hold the same.
     """
 
-    def __init__(self, model: nn.Module, axis: Axis, gradient_dtype: torch.dtype | None = None) -> None:
-        self.axis, self.gradient_dtype = axis, gradient_dtype
+    def __init__(
+        self, model: nn.Module, axis: Axis, gradient_dtype: torch.dtype | None = None, widen: bool = False
+    ) -> None:
+        self.axis, self.gradient_dtype, self.widen = axis, gradient_dtype, widen
         self.shard_axis, self.owner = Axis("dp_cp"), axis.rank == 0
         self.parameters = list(model.parameters())
         self.masters = [_master(parameter) for parameter in self.parameters]
@@ -59,14 +62,13 @@ class Replicas:
     def _make_buckets(self) -> None:
         bucket: list[tuple[nn.Parameter, nn.Parameter]] = []
         elements = 0
-        for pair in reversed(self._pairs):  # the backward reaches the last layers first
+        pairs = self._pairs[::-1]  # the backward reaches the last layers first
+        for pair in pairs:
             bucket.append(pair)
             elements += pair[0].numel()
-            if elements >= BUCKET_ELEMENTS:
-                self._buckets.append(_Bucket(bucket, self.axis, self.gradient_dtype))
+            if elements >= BUCKET_ELEMENTS or pair is pairs[-1]:
+                self._buckets.append(_Bucket(bucket, self.axis, self.gradient_dtype, self.widen))
                 bucket, elements = [], 0
-        if bucket:
-            self._buckets.append(_Bucket(bucket, self.axis, self.gradient_dtype))
 
     def begin_microbatch(self, last: bool) -> None:
         """Before each forward and backward: whether this backward is the step's last, whose gradients are reduced."""
@@ -107,7 +109,7 @@ class _Bucket:
     """One flat gradient buffer; each parameter's gradient is added to its view as autograd makes it."""
 
     def __init__(
-        self, pairs: list[tuple[nn.Parameter, nn.Parameter]], axis: Axis, dtype: torch.dtype | None = None
+        self, pairs: list[tuple[nn.Parameter, nn.Parameter]], axis: Axis, dtype: torch.dtype | None, widen: bool
     ) -> None:
         self.axis = axis
         self.pairs = pairs
@@ -122,6 +124,8 @@ class _Bucket:
         self._missing = len(pairs)
         self._pending: Pending | None = None
         for index, (_, parameter) in enumerate(pairs):
+            if widen:
+                parameter.grad_dtype = self._buffer.dtype
             parameter.register_post_accumulate_grad_hook(lambda p, index=index: self._add(index, p))
 
     def _add(self, index: int, parameter: Tensor) -> None:

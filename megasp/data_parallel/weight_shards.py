@@ -11,7 +11,7 @@ Each rank of `dp_cp` owns some rows of every parameter, their gradients and thei
 With deferred weight gradients they are whole until the last one is there, and the step has one reduction.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ class WeightShards:
         zero_stage: 1, 2 or 3.
         gradient_dtype: of accumulation and reduction; fp32 or wider without it.
         deferred: weight gradients come apart from the backward.
+        widen: gradients of a microbatch are made in the gradient dtype, and not in the compute dtype.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class WeightShards:
         zero_stage: int,
         gradient_dtype: torch.dtype | None = None,
         deferred: bool = False,
+        widen: bool = False,
     ) -> None:
-        self.zero_stage, self.deferred = zero_stage, deferred
+        self.zero_stage, self.deferred, self.widen = zero_stage, deferred, widen
         self.shard_axis, self.outer = state.axes["dp_cp"], state.axes["dp_outer"]
         self.owner = self.outer.rank == 0
         pieces = [p.pieces for stage in stages for p in stage.parameters()]  # type: ignore[attr-defined]
@@ -80,6 +82,8 @@ class WeightShards:
             wrapped.set_force_sum_reduction_for_comms(True)
             wrapped.set_custom_all_gather(_AllGather(self.shard_axis))
             wrapped.set_custom_reduce_scatter(_ReduceScatter(self.shard_axis))
+            if self.widen:
+                wrapped.register_forward_pre_hook(_takes_gradients_in(policy.reduce_dtype))
             if self.outer.size > 1:
                 wrapped.set_all_reduce_hook(self._count_all_reduce)
         for unit in alone:
@@ -147,6 +151,17 @@ def _master(parameter: nn.Parameter, pieces: tuple[Piece, ...], axis: Axis) -> n
     assert master.shape[0] == stop - start, (parameter.shape, axis)
     master.pieces = rows_of(pieces, start, stop)  # type: ignore[attr-defined]
     return master
+
+
+def _takes_gradients_in(dtype: torch.dtype | None) -> Callable[[nn.Module, object], None]:
+    """A hook that has the weights of a group, which are there whole from its first forward on, take gradients so."""
+
+    def hook(unit: nn.Module, inputs: object) -> None:
+        for p in unit.parameters():
+            if not isinstance(p, DTensor) and p.grad_dtype != dtype:
+                p.grad_dtype = dtype
+
+    return hook
 
 
 def _take_gradients(root: FSDPModule) -> None:

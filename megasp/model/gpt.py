@@ -18,11 +18,11 @@ from megasp.model.attention import Tokens
 from megasp.model.block import Block
 from megasp.model.dropout import TokenKeys, dropout, site_key
 from megasp.model.init import Factory
-from megasp.model.layers import VocabParallelEmbedding, replicated
+from megasp.model.layers import VocabParallelEmbedding, lookup, replicated
 from megasp.model.loss import linear_cross_entropy
 from megasp.model.norm import Norm
 from megasp.model.offload import Offload
-from megasp.model.recompute import recomputed
+from megasp.model.recompute import recomputed, shared_out
 from megasp.model.rotary import cos_sin
 from megasp.model.tiles import tiled
 from megasp.parallel_state import ParallelState
@@ -180,8 +180,10 @@ class GPTModel(nn.Module):
                 x = self.layers[number](x, info)
             return x
 
-        whole = granularity in ("full", "all-but-attention") and torch.is_grad_enabled()
-        return recomputed(layers, x) if whole else layers(x)
+        if granularity not in ("full", "all-but-attention") or not torch.is_grad_enabled():
+            return layers(x)
+        with shared_out(x, self.state.tp, self.recompute[group.start].distributed):
+            return recomputed(layers, x)
 
     def residual_shape(self, samples: int, positions: int) -> tuple[int, int, int]:
         """Shape of the residual stream of a microbatch [samples, positions] on this rank."""
@@ -212,7 +214,7 @@ class GPTModel(nn.Module):
         x = self.embedding(tokens.t())
         if self.position_embedding is not None:
             seen = positions if positions.dim() == 2 else positions[:, None]
-            x = x + self.position_embedding[self._shard(seen)]
+            x = x + lookup(self._shard(seen), self.position_embedding)
         return dropout(x, self.config.hidden_dropout, self.embedding_key, keys)
 
     def _logits(self, x: Tensor) -> Tensor:

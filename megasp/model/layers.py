@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megasp.collectives import (
@@ -27,8 +26,8 @@ from megasp.collectives import (
 )
 from megasp.footprint import Part
 from megasp.model.init import Factory
-from megasp.model.matmul import linear
-from megasp.model.weight_gradients import WeightGradients
+from megasp.model.matmul import linear, product
+from megasp.model.weight_gradients import WeightGradients, gradient_dtype
 from megasp.parallel_state import Axis
 from megasp.parameters import Piece, split, whole
 
@@ -76,9 +75,43 @@ class _Linear(torch.autograd.Function):
                 else start_all_reduce(partial, ctx.axis)
             )
         if wants_dw:
-            dw = linear(dy_2d.t(), gathered.wait().reshape(-1, weight.shape[1]).t())
-        db = dy_2d.sum(0) if wants_db else None
+            x_2d = gathered.wait().reshape(-1, weight.shape[1])
+            dw = product(dy_2d.t(), x_2d.t(), gradient_dtype(ctx.parameter))
+        db = dy_2d.sum(0, dtype=gradient_dtype(ctx.parameter)) if wants_db else None
         return dx.wait() if dx is not None else None, dw, db, None, None, None
+
+
+class _AddBias(torch.autograd.Function):
+    """y + b. Saves nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor) -> Tensor:
+        ctx.dtype = gradient_dtype(bias)
+        return y + bias
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        return dy, dy.flatten(0, -2).sum(0, dtype=ctx.dtype) if ctx.needs_input_grad[1] else None
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a table. Saves their numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.count, ctx.dtype = table.shape[0], gradient_dtype(table)
+        return torch.embedding(table, rows)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:
+        (rows,) = ctx.saved_tensors
+        return None, torch.ops.aten.embedding_dense_backward(dy.to(ctx.dtype), rows, ctx.count, -1, False)
+
+
+def lookup(rows: Tensor, table: Tensor) -> Tensor:
+    """Rows of a table by their numbers: [...], [R, D] -> [..., D]."""
+    return _Lookup.apply(rows, table)
 
 
 class _ParallelLinear(nn.Module):
@@ -188,7 +221,7 @@ class RowParallelLinear(_ParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         y = _Linear.apply(x, self.weight, None, ONE_RANK, False, self.weight_gradients)
         y = scatter_to(y, self.axis) if self.sequence_parallel else reduce_from(y, self.axis)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else _AddBias.apply(y, self.bias)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -228,10 +261,10 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.axis.size == 1:
-            return F.embedding(tokens, self.weight)
+            return lookup(tokens, self.weight)
         local = tokens - self.first_row
         elsewhere = (local < 0) | (local >= self.weight.shape[0])
-        x = F.embedding(local.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere[..., None], 0)
+        x = lookup(local.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere[..., None], 0)
         return scatter_to(x, self.axis) if self.sequence_parallel else reduce_from(x, self.axis)
 
 
@@ -244,9 +277,12 @@ def replicated(name: str, shape: tuple[int, ...], axis: Axis, *, partial: bool, 
     return whole(name, shape).with_replicas(axis.rank, axis.size, partial).with_facts(init_mean=init_mean, decay=False)
 
 
-def linear_footprint(name: str, rows: int, inputs: int, outputs: int, item: int, gather: int = 1) -> Part:
-    """Bytes of a linear layer on `rows` rows, which it gathers over `gather` ranks before."""
-    x, y, weight = rows * inputs * item, gather * rows * outputs * item, inputs * outputs * item
+def linear_footprint(
+    name: str, rows: int, inputs: int, outputs: int, item: int, gradient: int, gather: int = 1
+) -> Part:
+    """Bytes of a linear layer on `rows` rows, which it gathers over `gather` ranks before; its weight's gradient is
+    made in `gradient` bytes an element."""
+    x, y, weight = rows * inputs * item, gather * rows * outputs * item, inputs * outputs * gradient
     gathered = gather * x if gather > 1 else 0
     return Part(name, y, y + gathered, 2 * gathered + x + weight, deferred=x + y)
 
@@ -257,10 +293,12 @@ def sum_footprint(elements: int, item: int, tp: int, sequence_parallel: bool) ->
     return Part("residual branch", out, out, elements * item if sequence_parallel else 0, keeps_input=False)
 
 
-def embedding_footprint(elements: int, weight: int, item: int, tp: int, sequence_parallel: bool) -> Part:
-    """Bytes of the embedding of tokens as `elements` elements, from this rank's rows of `weight` elements."""
+def embedding_footprint(elements: int, weight: int, item: int, gradient: int, tp: int, sequence_parallel: bool) -> Part:
+    """Bytes of the embedding of tokens as `elements` elements, from this rank's rows of `weight` elements, whose
+    gradient is made in `gradient` bytes each."""
     whole = elements * item
     out = whole // (tp if sequence_parallel else 1)
     forward = whole if tp == 1 else 2 * whole + (out if sequence_parallel else whole)
-    backward = weight * item + (0 if tp == 1 else 2 * whole if sequence_parallel else whole)
+    backward = weight * gradient + (0 if tp == 1 else 2 * whole if sequence_parallel else whole)
+    backward += elements * gradient if gradient > item else 0
     return Part("residual stream", out, forward, backward, keeps_input=False)

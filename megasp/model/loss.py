@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megasp.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
 from megasp.footprint import Part
-from megasp.model.matmul import linear
+from megasp.model.matmul import linear, product
+from megasp.model.weight_gradients import gradient_dtype
 from megasp.parallel_state import Axis
 
 CHUNK_BYTES = 128 * 2**20
@@ -36,7 +37,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=rows.device)
         dhidden = torch.empty_like(rows) if train else None
         dweight: Tensor | None = None
-        fp16 = weight.dtype == torch.float16
+        # Without the loss's divisor, which comes with the backward, a sum over many rows may be too large for fp16.
+        dtype = wide if weight.dtype == torch.float16 else gradient_dtype(weight)
         for start in range(0, rows.shape[0], chunk):
             part = slice(start, start + chunk)
             chunk_loss, dlogits = _chunk_loss(rows[part], weight, labels[part], mask[part], axis, train)
@@ -45,19 +47,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             dhidden[part] = linear(dlogits, weight.t())
             if ctx.needs_input_grad[1]:  # a frozen head has no third product
-                product = linear(dlogits.t(), rows[part].t())
+                part_dweight = product(dlogits.t(), rows[part].t(), dtype)
                 if dweight is None:
-                    dweight = product.to(wide) if chunk < rows.shape[0] else product
+                    dweight = part_dweight.to(wide) if chunk < rows.shape[0] else part_dweight
                 else:
-                    dweight.add_(product)
-                del product
+                    dweight.add_(part_dweight)
+                del part_dweight
             del dlogits  # before the next chunk makes its own
         if dhidden is not None:
-            # fp16 waits for the backward: without the loss's divisor the sum over many rows may be too large for it.
-            if dweight is not None and not fp16:
-                dweight = dweight.to(weight.dtype)
-            ctx.save_for_backward(dhidden.view_as(full), dweight)
-            ctx.dtype = weight.dtype
+            ctx.save_for_backward(dhidden.view_as(full), None if dweight is None else dweight.to(dtype))
+            ctx.dtype = gradient_dtype(weight)
         return loss
 
     @staticmethod
@@ -131,12 +130,12 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, weight, labels, mask, axis, sequence_parallel, torch.is_grad_enabled())
 
 
-def loss_footprint(rows: int, size: int, vocabulary: int, item: int, split: int = 1) -> Part:
+def loss_footprint(rows: int, size: int, vocabulary: int, item: int, gradient: int, split: int = 1) -> Part:
     """Bytes of head and loss: `rows` rows of `size` features, of which each of `split` ranks holds a shard, and this
-    rank's `vocabulary` rows of the head."""
+    rank's `vocabulary` rows of the head, whose gradient is made in `gradient` bytes an element."""
     wide = max(item, 4)
     chunk = min(rows, max(1, CHUNK_BYTES // (vocabulary * item)))
-    hidden, weight = rows * size * item, vocabulary * size * item
+    hidden, weight = rows * size * item, vocabulary * size * gradient
     total = vocabulary * size * wide if chunk < rows else 0  # where there are several, their sum is wide
     logits = chunk * vocabulary * (item + (wide if item < wide else 0))
     products = chunk * (vocabulary + size) * item + weight

@@ -29,6 +29,7 @@ class Sizes:
         tokens: of all its samples, on this rank before tensor parallelism splits them.
         samples: B.
         item: bytes of an element in the compute dtype.
+        gradient: of a weight's gradient as it is made, `head_gradient` of the head's.
         tp: tensor-parallel ranks; `sequence_parallel`: they split the residual stream, too.
         attention: how attention is split; its heads are this tensor-parallel rank's.
         dropout: whether dropout is on.
@@ -39,6 +40,8 @@ class Sizes:
     tokens: int
     samples: int
     item: int
+    gradient: int
+    head_gradient: int
     tp: int
     sequence_parallel: bool
     attention: AttentionSizes
@@ -94,12 +97,12 @@ def _norm(model: ModelConfig, sizes: Sizes, remade: bool = False) -> Part:
 
 
 def _attention(model: ModelConfig, sizes: Sizes, recompute: Recompute, chunk: Part | None = None) -> list[Part]:
-    attention, item = sizes.attention, sizes.item
+    attention, item, gradient = sizes.attention, sizes.item, sizes.gradient
     gather = sizes.split
     width = (attention.heads + 2 * attention.kv_heads) * attention.head_dim
     parts = [
         _norm(model, sizes, recompute.does("layernorm")),
-        linear_footprint("q, k, v", sizes.rows, model.hidden_size, width, item, gather),
+        linear_footprint("q, k, v", sizes.rows, model.hidden_size, width, item, gradient, gather),
     ]
     heads = sizes.tokens * (attention.heads + attention.kv_heads)
     if model.qk_layernorm:
@@ -114,7 +117,7 @@ def _attention(model: ModelConfig, sizes: Sizes, recompute: Recompute, chunk: Pa
     else:
         parts += inner
     hidden = attention.heads * attention.head_dim
-    parts.append(linear_footprint("residual branch", sizes.tokens, hidden, model.hidden_size, item))
+    parts.append(linear_footprint("residual branch", sizes.tokens, hidden, model.hidden_size, item, gradient))
     return [*parts, *_branch_end(model, sizes), *_dropout(model, sizes)]
 
 
@@ -134,21 +137,21 @@ def _dropout(model: ModelConfig, sizes: Sizes) -> list[Part]:
 
 
 def _mlp(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[Part]:
-    stream, item = sizes.rows * model.hidden_size * sizes.item, sizes.item
+    stream, item, gradient = sizes.rows * model.hidden_size * sizes.item, sizes.item, sizes.gradient
     ffn = model.mlp_size // sizes.tp
     up = ffn * (2 if model.swiglu else 1)
     if sizes.tiles > 1:
         tile = replace(sizes, tokens=sizes.tokens // sizes.tiles, tiles=1)
         parts = _mlp(replace(model, hidden_dropout=0.0), tile, Recompute())
         inner = chain(parts, stream // sizes.tiles, STREAM)
-        whole = tiled_footprint(inner, stream, sizes.tiles, model.hidden_size * (up + ffn), item)
+        whole = tiled_footprint(inner, stream, sizes.tiles, model.hidden_size * (up + ffn), gradient)
         return [whole, *_dropout(model, sizes)]
     act = activation_footprint(model, sizes.tokens * ffn * item)
     norm = _norm(model, sizes, recompute.does("layernorm"))
     mlp = [
-        linear_footprint("MLP hidden", sizes.rows, model.hidden_size, up, item, sizes.split),
+        linear_footprint("MLP hidden", sizes.rows, model.hidden_size, up, item, gradient, sizes.split),
         replace(act, remade=recompute.does("mlp_act")),
-        linear_footprint("residual branch", sizes.tokens, ffn, model.hidden_size, item),
+        linear_footprint("residual branch", sizes.tokens, ffn, model.hidden_size, item, gradient),
     ]
     end, dropped = _branch_end(model, sizes), _dropout(model, sizes)
     if not recompute.does("mlp"):
@@ -159,10 +162,14 @@ def _mlp(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[Part]:
     return [norm, as_part(chain([*mlp, *end], stream, "norm output"), stream, "residual branch"), *dropped]
 
 
-def _layer(model: ModelConfig, sizes: Sizes, recompute: Recompute, chunk: Part | None = None) -> Footprint:
+def _layer(
+    model: ModelConfig, sizes: Sizes, recompute: Recompute, chunk: Part | None = None, held: int = 0
+) -> Footprint:
+    """A layer; of a `chunk` of the sequence, `held` bytes of gradients of weights wait when attention's turn comes."""
     stream = sizes.rows * model.hidden_size * sizes.item
-    halves = _attention(model, sizes, recompute, chunk), _mlp(model, sizes, recompute)
-    return joined([chain(half, stream, STREAM, residual=True) for half in halves])
+    parts = _attention(model, sizes, recompute, chunk), _mlp(model, sizes, recompute)
+    attention, mlp = (chain(half, stream, STREAM, residual=True) for half in parts)
+    return joined([replace(attention, backward=attention.backward + held), mlp])
 
 
 def _in_chunks(model: ModelConfig, sizes: Sizes) -> Footprint:
@@ -172,8 +179,11 @@ def _in_chunks(model: ModelConfig, sizes: Sizes) -> Footprint:
     one = replace(sizes, tokens=sizes.tokens // chunks, attention=attention, tiles=tiles, chunks=1)
     past = PastBytes.of(attention, chunks, sizes.chunks_on_host)
     attend = past.first(), past.again(chunks - 1, sums=False), past.again(chunks - 2, sums=True)
-    first, last, before = (_layer(model, one, Recompute(), part) for part in attend)
-    part = chunked_footprint(first, (last, before), stream, past, layer_parameters(model, sizes.tp), sizes.item)
+    weights = layer_parameters(model, sizes.tp)
+    qkv = model.hidden_size * (attention.heads + 2 * attention.kv_heads) * attention.head_dim
+    held = (weights - qkv) * sizes.gradient
+    first, last, before = (_layer(model, one, Recompute(), part, held) for part in attend)
+    part = chunked_footprint(first, (last, before), stream, past, weights, sizes.gradient)
     found = chain([part], stream, STREAM)
     if not past.host:
         return found
@@ -185,19 +195,21 @@ def layer_footprint(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> F
     """A layer that recomputes as `recompute` says, one layer at a time."""
     stream = sizes.rows * model.hidden_size * sizes.item
     layer = _layer(model, sizes, recompute) if sizes.chunks == 1 else _in_chunks(model, sizes)
+    shares = sizes.tp if recompute.distributed else 1
     if recompute.granularity == "full":
-        return recomputed(layer, stream, name=STREAM)
+        return recomputed(layer, stream, name=STREAM, shares=shares)
     if recompute.granularity == "all-but-attention":
         attend = next(part for part in attention_parts(sizes.attention) if part.keeps_output)
         also = {attend.name: attend.output or 0, **attend.kept}
-        return recomputed(layer, stream, also, STREAM)
+        return recomputed(layer, stream, also, STREAM, shares)
     return layer
 
 
 def stage_layers(
-    model: ModelConfig, sizes: Sizes, recompute: Recompute, layers: int, offloaded: int = 0
+    model: ModelConfig, sizes: Sizes, recompute: Recompute, layers: int, offloaded: int = 0, first: bool = True
 ) -> list[Footprint]:
     """The layers of a stage, those that are recomputed together as one; the first `offloaded` keep theirs on the host.
+    A stage that is not the `first` keeps its own input whole.
 
     Of these the last one's is on the device, too; two layers' are while a forward runs, and while a backward does.
     """
@@ -207,12 +219,14 @@ def stage_layers(
     found: list[Footprint] = []
     away: list[tuple[int, Footprint, int]] = []
     for group, again in recompute.groups(layers):
+        given = group.start == 0 and not first
         if not again:
             found.append(plain)
         elif len(group) == 1:
-            found.append(single)
+            found.append(layer_footprint(model, sizes, replace(recompute, distributed=False)) if given else single)
         else:
-            found.append(recomputed(joined([plain] * len(group)), stream, name=STREAM))
+            shares = sizes.tp if recompute.distributed and not given else 1
+            found.append(recomputed(joined([plain] * len(group)), stream, name=STREAM, shares=shares))
         if group.start < offloaded:
             before = found[-2].total if len(found) > 1 else 0
             away.append((len(found) - 1, found[-1], before))
@@ -227,19 +241,21 @@ def first_footprint(model: ModelConfig, sizes: Sizes) -> Footprint:
     """The embedding."""
     elements = sizes.tokens * model.hidden_size
     table = model.padded_vocab_size // sizes.tp * model.hidden_size
-    parts = [embedding_footprint(elements, table, sizes.item, sizes.tp, sizes.sequence_parallel)]
+    item, gradient = sizes.item, sizes.gradient
+    parts = [embedding_footprint(elements, table, item, gradient, sizes.tp, sizes.sequence_parallel)]
     return chain([*parts, *_dropout(model, sizes)], 8 * sizes.tokens, "token ids")
 
 
 def last_footprint(model: ModelConfig, sizes: Sizes) -> Footprint:
     """The final norm, the head and the loss."""
     d, stream = model.hidden_size, sizes.rows * model.hidden_size * sizes.item
-    loss = loss_footprint(sizes.tokens, d, model.padded_vocab_size // sizes.tp, sizes.item, sizes.split)
+    vocabulary, item = model.padded_vocab_size // sizes.tp, sizes.item
+    loss = loss_footprint(sizes.tokens, d, vocabulary, item, sizes.head_gradient, sizes.split)
     norm = _norm(model, sizes)
     if sizes.chunks > 1:
         part = _norm(model, replace(sizes, tokens=sizes.tokens // sizes.chunks))
         tile, weights = chain([part], stream // sizes.chunks, STREAM), norm_parameters(model)
-        norm = replace(tiled_footprint(tile, stream, sizes.chunks, weights, sizes.item), name="norm output")
+        norm = replace(tiled_footprint(tile, stream, sizes.chunks, weights, item), name="norm output")
     return chain([norm, loss], stream, STREAM)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from megasp.footprint import Part
 from megasp.model.init import Factory
 from megasp.model.layers import ONE_RANK, replicated
+from megasp.model.weight_gradients import gradient_dtype
 from megasp.parallel_state import Axis
 
 
@@ -19,6 +20,7 @@ class _RMSNorm(torch.autograd.Function):
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         rstd = mean_square.add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
+        ctx.dtype = gradient_dtype(weight)
         return (wide * rstd).mul_(weight).to(x.dtype)
 
     @staticmethod
@@ -29,7 +31,7 @@ class _RMSNorm(torch.autograd.Function):
         dweight = (dy * normed).flatten(0, -2).sum(0)
         dnormed = dy * weight
         projection = torch.linalg.vecdot(dnormed, normed).unsqueeze(-1).div_(x.shape[-1])
-        return dnormed.addcmul_(normed, projection, value=-1).mul_(rstd).to(x.dtype), dweight.to(weight.dtype), None
+        return dnormed.addcmul_(normed, projection, value=-1).mul_(rstd).to(x.dtype), dweight.to(ctx.dtype), None
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -38,17 +40,17 @@ class _LayerNorm(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         y, mean, rstd = torch.native_layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), epsilon)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.dtype = gradient_dtype(weight)
         return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         wide_dy, wide_x, wide_weight, wide_bias = (t.to(rstd.dtype) for t in (dy, x, weight, bias))
-        gradients = torch.ops.aten.native_layer_norm_backward(
+        dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
             wide_dy.contiguous(), wide_x, weight.shape, mean, rstd, wide_weight, wide_bias, [True, True, True]
         )
-        dx, dweight, dbias = (gradient.to(x.dtype) for gradient in gradients)
-        return dx, dweight, dbias, None
+        return dx.to(x.dtype), dweight.to(ctx.dtype), dbias.to(ctx.dtype), None
 
 
 class Norm(nn.Module):

@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from megasp.collectives import start_all_gather
+from megasp.parallel_state import Axis
+
 recomputed: Callable[..., Any] = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 """recomputed(function, *inputs): its value, of which the backward runs `function` again and keeps the inputs alone."""
 
@@ -41,6 +44,41 @@ def made_again(out: Tensor, function: Callable[[Tensor], Tensor], x: Tensor, wan
 
     with saved_tensors_hooks(pack, unpack):
         yield
+
+
+@contextmanager
+def shared_out(x: Tensor, axis: Axis, wanted: bool = True) -> Iterator[None]:
+    """Where this is `wanted`, functions that run inside keep this rank's share of `x`, which is the same on every rank
+    of the axis; their backward gathers it (Megatron-LM's distributed saved activations, arXiv 2104.04473 section 3.5).
+
+    Args:
+        x: contiguous, its elements a multiple of the axis's size. What autograd did not make (the input of a pipeline
+            stage) is kept whole, as its owner does.
+    """
+    if not wanted or x.grad_fn is None:
+        yield
+        return
+    storage = x.untyped_storage()._cdata
+
+    def pack(saved: Tensor) -> Tensor | _Share:
+        return _Share(saved, axis) if saved.untyped_storage()._cdata == storage else saved
+
+    def unpack(packed: Tensor | _Share) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed.gathered()
+
+    with saved_tensors_hooks(pack, unpack):
+        yield
+
+
+class _Share:
+    """This rank's share of a saved tensor's elements, in their order."""
+
+    def __init__(self, saved: Tensor, axis: Axis) -> None:
+        self.shape, self.axis = saved.shape, axis
+        self.share = saved.flatten().chunk(axis.size)[axis.rank].clone()
+
+    def gathered(self) -> Tensor:
+        return start_all_gather(self.share, self.axis).wait().view(self.shape)
 
 
 class _Again:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megasp.footprint import Footprint, Part
+from megasp.model.weight_gradients import gradient_dtype
 from megasp.sequence_parallel.memory import PastBytes
 
 
@@ -65,7 +66,9 @@ class _Tiled(torch.autograd.Function):
                 held = sums[index]
                 sums[index] = gradient.to(wide) if held is None else held.add_(gradient)
             del part, out, gradient, gradients
-        weights = (total.to(p.dtype) for total, p in zip(sums, ctx.parameters, strict=True) if total is not None)
+        weights = (
+            total.to(gradient_dtype(p)) for total, p in zip(sums, ctx.parameters, strict=True) if total is not None
+        )
         return dx, None, None, None, *weights
 
 
@@ -88,30 +91,30 @@ def tiled(
     return _Tiled.apply(x, function, min(tiles, len(x)), left, *parameters)
 
 
-def tiled_footprint(tile: Footprint, size: int, tiles: int, weights: int, item: int) -> Part:
+def tiled_footprint(tile: Footprint, size: int, tiles: int, weights: int, gradient: int) -> Part:
     """Bytes of what runs in tiles of an input of `size` bytes, each of which holds `tile`; its weights have `weights`
-    elements of `item` bytes."""
+    elements, whose gradients are made in `gradient` bytes each."""
     view = size // tiles  # a tile of the input, and of the gradients, is no memory of its own
-    gradients = weights * (max(item, 4) + item)
+    gradients = weights * (max(gradient, 4) + gradient)
     working = max(tile.forward - view, tile.backward - 2 * view)
     return Part("residual branch", size, size + tile.passing - view, size + gradients + working)
 
 
 def chunked_footprint(
-    first: Footprint, again: Sequence[Footprint], size: int, past: PastBytes, weights: int, item: int
+    first: Footprint, again: Sequence[Footprint], size: int, past: PastBytes, weights: int, gradient: int
 ) -> Part:
     """Bytes of a layer in chunks of an input of `size` bytes.
 
     Args:
         first: a chunk that keeps nothing.
         again: a chunk whose backward follows, the last one's and that of the one before; this has the sums of gradients
-            from the beginning, and those of weights of `weights` elements of `item` bytes.
+            from the beginning, and those of `weights` elements of weights, made in `gradient` bytes each.
         past: what the chunks leave.
     """
     view = size // past.chunks  # a chunk of the input and of the gradients is no memory of its own
     kept = {} if past.host else past.kept
     last, before = (max(each.forward - view, each.backward - 2 * view) for each in again)
     popped = 0 if past.host else past.left  # what is kept is there once
-    gradients = weights * (max(item, 4) + item)
-    working = max(last - popped, before - 2 * popped + gradients + past.staying)
+    sums = weights * max(gradient, 4)
+    working = max(last - popped, before - 2 * popped + sums + past.staying, weights * gradient + sums + past.staying)
     return Part("residual stream", size, size + sum(kept.values()) + first.passing - view, size + working, kept)

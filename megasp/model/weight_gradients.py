@@ -1,5 +1,11 @@
-"""Weight gradients that wait: a linear layer's backward leaves them here, a zero-bubble schedule runs them later
-(arXiv 2401.10241). Only GEMM weights wait; norms, biases, embeddings and the head have theirs in the backward."""
+"""How gradients of weights are made: in which dtype, and when.
+
+A leaf may take gradients in a wider dtype than its own (`Tensor.grad_dtype`, set by who sums them): Functions then make
+them in that, and what a microbatch adds is never rounded to the compute dtype, as with Megatron-LM's fused gradient
+accumulation.
+
+They may also wait: a linear layer's backward leaves them in a queue, a zero-bubble schedule runs them later (arXiv
+2401.10241). Only GEMM weights wait; norms, biases, embeddings and the head have theirs in the backward."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +14,13 @@ import torch
 from torch import Tensor
 
 from megasp.collectives import Pending, start_all_gather
-from megasp.model.matmul import linear
+from megasp.model.matmul import product
 from megasp.parallel_state import Axis
+
+
+def gradient_dtype(weight: Tensor) -> torch.dtype:
+    """In which gradients of a weight are made: its own dtype, but for a leaf that takes them in another."""
+    return (weight.grad_dtype if weight.is_leaf else None) or weight.dtype
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,8 @@ class WeightGradient:
         return Pending(self.x) if self.gather is None else start_all_gather(self.x, self.gather)
 
     def finish(self, x: Pending) -> None:
-        dw = linear(self.dy.reshape(-1, self.dy.shape[-1]).t(), x.wait().reshape(-1, self.weight.shape[1]).t())
+        dy, full = self.dy.reshape(-1, self.dy.shape[-1]), x.wait().reshape(-1, self.weight.shape[1])
+        dw = product(dy.t(), full.t(), gradient_dtype(self.weight))
         # The backward of a leaf adds to its gradient and runs its hooks, as the backward of the graph would have.
         self.weight.backward(dw)
 

@@ -18,12 +18,13 @@ NORMS_SHARE, ACTIVATION_SHARE = 0.3, 0.35
 
 @dataclass(frozen=True)
 class Redone:
-    """Shares of a layer's forward that its backward runs again."""
+    """Shares of a layer's forward that its backward runs again, and how often it gathers its input for that."""
 
     core_attention: float = 0.0
     attention_linears: float = 0.0
     mlp: float = 0.0
     elementwise: float = 0.0
+    gathers: float = 0.0
 
     @classmethod
     def of(cls, recompute: Recompute, layers: int = 1) -> "Redone":
@@ -31,7 +32,8 @@ class Redone:
         chosen = sum(len(group) for group, again in recompute.groups(layers) if again)
         share = chosen / max(1, layers)
         if recompute.granularity in ("full", "all-but-attention"):
-            return cls(share * (recompute.granularity == "full"), share, share, share)
+            groups = sum(again for _, again in recompute.groups(layers)) * recompute.distributed
+            return cls(share * (recompute.granularity == "full"), share, share, share, groups / max(1, layers))
         light = NORMS_SHARE * recompute.does("layernorm") + ACTIVATION_SHARE * recompute.does("mlp_act")
         return cls(share * recompute.does("core_attn"), 0.0, share * recompute.does("mlp"), share * light)
 
@@ -59,9 +61,9 @@ class Software:
     accumulate_bytes: int = 0
 
 
-MEGASP = Software(accumulate_bytes=10)
-"""megasp on a GPU: eager element-wise operations; the backward's gathers and scatters beside GEMMs; bf16 weight
-gradients that are added up in fp32."""
+MEGASP = Software(accumulate_bytes=14)
+"""megasp on a GPU: eager element-wise operations; the backward's gathers and scatters beside GEMMs; weight gradients
+that are written in fp32 (2 bytes more than in bf16) and added up in it (12)."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Job:
                 MEGASP,
                 attention=_attention_kernel(config),
                 gradient_bytes=2 if config.training.grad_reduce_in_bf16 else 4,
+                accumulate_bytes=14 if config.training.widens_gradients("cuda") else 10,
             ),
         )
 

@@ -76,7 +76,8 @@ def layer_parts(job: Job, rates: Rates) -> dict[str, Parts]:
             "ulysses": ulysses[kind],
             "ring": ring[kind],
         }
-    made["I"]["recompute"] = _recompute(job, compute["F"], made["F"])
+    gathered = job.recompute.gathers * rates.collective(groups(job)["tp"], 2.0 * job.tokens * job.model.hidden_size)
+    made["I"]["recompute"] = _recompute(job, compute["F"], made["F"]) + gathered
     if job.offload_activations:
         kept = 2 * job.tokens * job.model.hidden_size * job.offload_activations
         for kind in "FI":

@@ -93,12 +93,13 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
     }
     model = nn.ModuleList(stages.values())
     gradient_dtype = torch.bfloat16 if config.training.grad_reduce_in_bf16 else None
+    widen = config.training.widens_gradients(state.device.type)
     replicas: Replicas | WeightShards
     zero = config.parallel.zero_stage
     if zero and state.axes["dp_cp"].size > 1:
-        replicas = WeightShards(list(stages.values()), state, zero, gradient_dtype, plan.defers_weight_gradients)
+        replicas = WeightShards(list(stages.values()), state, zero, gradient_dtype, plan.defers_weight_gradients, widen)
     else:
-        replicas = Replicas(model, state.gradients, gradient_dtype)
+        replicas = Replicas(model, state.gradients, gradient_dtype, widen)
     pipeline = Pipeline(plan, stages, state, replicas.begin_microbatch, dtype)
     optimizer = build_optimizer(replicas.masters, config.optimizer)
     loss_scale = LossScale.of(config)

@@ -7,7 +7,7 @@ use: some 1 to 3 GB.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megasp.config.context_parallel import split_context
 from megasp.config.kernels import choose_kernel
@@ -103,6 +103,9 @@ def account(
     ends = {stage.number: model_memory.end_parameters(model, layout.tp, stage.first, stage.last) for stage in mine}
     elements = sum(len(stage.layers) * layer + sum(ends[stage.number].values()) for stage in mine)
     heads = sum(end.get(name, 0) for end in ends.values() for name in ("head", "final norm"))
+    if gradient_item:
+        made = min(sizes.gradient, gradient_item)
+        sizes = replace(sizes, gradient=made, head_gradient=made)
     gradient_item = gradient_item or (2 if training.grad_reduce_in_bf16 else None)
     shards = layout.dp_inner * layout.cp
     zero = config.parallel.zero_stage if zero is None else zero
@@ -150,11 +153,13 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
         dropout=dropout > 0,
     )
     sequence_parallel = config.parallel.sequence_parallel and layout.tp > 1
-    activations = config.activations
+    activations, gradient = config.activations, 4 if training.widens_gradients(device) else item
     return Sizes(
         tokens,
         training.micro_batch_size,
         item,
+        gradient,
+        4 if training.fp16 else gradient,
         layout.tp,
         sequence_parallel,
         attention,
@@ -168,13 +173,14 @@ def _stage(config: Config, sizes: Sizes, stage: Stage, growing: int, reducing: i
     """One microbatch through a stage; `growing` is the bytes of a gradient that has no buffer, `reducing` of those of a
     layer that are reduced meanwhile."""
     model = config.model
+    count, activations = len(stage.layers), config.activations
     layers = model_memory.stage_layers(
-        model, sizes, config.activations.recompute, len(stage.layers), config.activations.offloaded(len(stage.layers))
+        model, sizes, activations.recompute, count, activations.offloaded(count), stage.first
     )
     ends = model_memory.end_parameters(model, sizes.tp, stage.first, stage.last)
     each = model_memory.layer_parameters(model, sizes.tp)
     pieces = [*layers]
-    gradients = [each * len(group) for group, _ in config.activations.recompute.groups(len(stage.layers))]
+    gradients = [each * len(group) for group, _ in activations.recompute.groups(count)]
     if stage.first:
         pieces.insert(0, model_memory.first_footprint(model, sizes))
         gradients.insert(0, ends["embedding"] + ends.get("positions", 0))

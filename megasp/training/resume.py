@@ -133,6 +133,10 @@ def data_phases(config: Config, layout: Layout, found: Found | None) -> tuple[Ph
         raise CheckpointError(f"{found.directory} holds weights alone", rule, "add --finetune to begin with them")
     stored = from_json(metadata["data"]["phases"])
     progress = Progress(**metadata["progress"])
+    if not stored and config.data.data_order != "megatron":
+        log.info(
+            "its samples so far were in Megatron-LM's order, and all data begins anew: --data-order megatron goes on"
+        )
     return go_on(stored, wanted, progress.step, progress.samples, config.data.start_new_epoch)
 
 

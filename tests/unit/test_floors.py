@@ -20,7 +20,7 @@ FLOORS = [
     ["megasp.model"],
     ["megasp.data_parallel", "megasp.pipeline"],
     ["megasp.checkpoints", "megasp.huggingface"],
-    ["megasp.training"],
+    ["megasp.training", "megasp.checkpoints.megatron"],
     ["megasp.verify_order", "megasp.dry_run"],
     ["megasp.verify", "megasp.generate", "megasp.doctor", "megasp.memory", "megasp.planner"],
     ["megasp.cli"],

@@ -36,6 +36,11 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "gpt2-tp": (GPT2 | SP, 2),
     "unfused": ({"attention_backend": "unfused", "seq_length": 2048}, 1),
     "attention-dropout": ({"attention_dropout": 0.1, "seq_length": 2048}, 1),
+    "distributed": ({TP: 4, "recompute_granularity": "full", "distribute_saved_activations": True, "num_layers": 8}, 4),
+    "distributed-pp": (
+        {TP: 2, PP: 2, "recompute_granularity": "all-but-attention", "distribute_saved_activations": True},
+        4,
+    ),
     "full": (SP | {"recompute_granularity": "full"}, 2),
     "groups": ({"recompute_granularity": "full", "recompute_num_layers": 2}, 1),
     "block": ({"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2}, 1),

@@ -286,8 +286,10 @@ def test_ranks_that_disagree() -> None:
 
 
 def test_no_pickle() -> None:
-    """Nothing here imports pickle or calls torch.save or torch.load."""
-    for path in Path(checkpoints.__file__).parent.glob("*.py"):
+    """Nothing here imports pickle or calls torch.save or torch.load, but the one file that reads them restricted."""
+    for path in Path(checkpoints.__file__).parent.rglob("*.py"):
+        if path.name == "torch_files.py":
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", "")}

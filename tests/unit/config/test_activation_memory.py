@@ -8,7 +8,9 @@ from megasp.config.load import from_values
 from megasp.config.recompute import Recompute
 from megasp.config.validate import validate
 from megasp.errors import ConfigError
-from tests.unit.config.test_validate import BASE, PP
+from tests.unit.config.test_validate import BASE, PP, TP
+
+DISTRIBUTED = {"distribute_saved_activations": True, "recompute_granularity": "full", TP: 2}
 
 
 @pytest.mark.parametrize(
@@ -27,6 +29,11 @@ from tests.unit.config.test_validate import BASE, PP
             },
             "exchanges on their way",
         ),
+        (DISTRIBUTED | {"recompute_granularity": None}, "recompute-granularity None: inputs of layers"),
+        (DISTRIBUTED | {TP: 1}, "tensor-model-parallel-size 1: it shares out"),
+        (DISTRIBUTED | {"sequence_parallel": True}, "tensor-model-parallel-size 2 and --sequence-parallel"),
+        (DISTRIBUTED | {"hidden_size": 63, "kv_channels": 8}, "hidden-size 63 on tensor-model-parallel-size 2"),
+        (DISTRIBUTED | {"cpu_offloading_activations": True}, "go to the host"),
         ({"tiled_mlp": 33}, "--tiled-mlp 33 on 32 positions"),
         ({"tiled_mlp": 2, "recompute_granularity": "selective", "recompute_modules": ("mlp",)}, "keeps its input"),
         ({"tiled_mlp": 2, "pipeline_schedule": "zb-h1", PP: 2}, "put off keep all tiles"),
@@ -43,7 +50,8 @@ from tests.unit.config.test_validate import BASE, PP
 )
 def test_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        validate(from_values(BASE | given), given.get(PP, given.get("ulysses_size", given.get("ring_size", 1))))
+        world = max(given.get(name, 1) for name in (PP, TP, "ulysses_size", "ring_size"))
+        validate(from_values(BASE | given), world)
 
 
 def test_offload_on_a_gpu_passes() -> None:

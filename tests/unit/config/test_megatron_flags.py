@@ -80,7 +80,6 @@ def test_translated(given: str, expected: str) -> None:
     [
         ("--bf16 --init-model-with-meta-device", "--init-model-with-meta-device is not supported: weights are"),
         ("--fp8-format=hybrid", "--fp8-format is not supported"),
-        ("--distribute-saved-activations", "--distribute-saved-activations is not supported: --sequence-parallel"),
         ("--dataloader-type cyclic", "--dataloader-type is cyclic"),
         ("--data-cache-path --bf16", "--data-cache-path: it takes a value"),
         ("--use-flash-attn=true", "--use-flash-attn true: it is a switch"),

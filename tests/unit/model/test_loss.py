@@ -114,9 +114,11 @@ def test_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (a.double() - b).norm() / b.norm() < 0.01, name
 
 
-def test_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weight's gradient summed over rows exceeds fp16's 65504 until the loss's divisor is applied."""
-    monkeypatch.setattr(module, "CHUNK_BYTES", rows_per_chunk(2, 2))
+@pytest.mark.parametrize("rows", [2, S * B])
+def test_fp16(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """The weight's gradient summed over rows, of several chunks or of one, exceeds fp16's 65504 until the loss's
+    divisor is applied."""
+    monkeypatch.setattr(module, "CHUNK_BYTES", rows_per_chunk(rows, 2))
     hidden, weight, labels, mask = inputs(torch.float16)
     given = (hidden.abs() * 2**13, weight * 2**-13, torch.zeros_like(labels), torch.ones_like(mask))
     exact = run(whole, *(x.double() for x in given[:2]), *given[2:], scale=2.0**-12)[2]

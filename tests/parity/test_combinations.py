@@ -1,0 +1,23 @@
+"""Random combinations of all options train as one plain process does, or are refused in a sentence."""
+
+import os
+
+import pytest
+
+from tests.parity.combinations import Seen, check, drawn
+
+FULL = os.environ.get("MEGASP_FULL_MATRIX") == "1"
+SEEDS = range(600 if FULL else 32)
+seen = Seen()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_trains_as_one_process_or_is_refused(seed: int) -> None:
+    check(drawn(seed, 8 if FULL else 4), seen)
+
+
+def test_many_were_trained_and_some_refused() -> None:
+    """The draw above reaches both; with `-s` the counts are printed."""
+    refused = sum(seen.refused.values())
+    print(f"{seen.trained} combinations trained, {refused} refused by {len(seen.refused)} rules")
+    assert seen.trained >= len(SEEDS) / 3 and refused
