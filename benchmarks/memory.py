@@ -2,6 +2,7 @@
 
     python -m benchmarks.memory                 # account and count of every layout below, and the published anchors
     python -m benchmarks.memory --per-token     # bytes a token and layer of Llama-3 8B, by option (docs/memory.md)
+    python -m benchmarks.memory --longest       # how long a sequence fits by the account, all options on
 
 The count runs the real build and the real step of a rank on fake tensors under a fake process group, and follows every
 storage: no GPU, no memory. It is exact for tensors; a GPU adds its context, workspaces of kernels and fragmentation.
@@ -18,9 +19,11 @@ from megasp.config.layout import Layout
 from megasp.config.load import load, parser
 from megasp.config.schema import Config
 from megasp.config.validate import validate
+from megasp.planner.memory import FRAGMENTATION, OUTSIDE
 from megasp.training.datasets import resolve
 from megasp.training.memory import account
 
+PARAMETERS = 8.03e9
 LONG = "--seq-length 131072 --max-position-embeddings 131072"
 FULL = "--recompute-granularity full"
 CASES: list[tuple[str, int, str]] = [
@@ -37,6 +40,12 @@ CASES: list[tuple[str, int, str]] = [
     ("llama3-8b", 8, f"--tensor-model-parallel-size 2 --sequence-parallel --ulysses-size 4 {FULL} {LONG}"),
     ("llama3-8b", 8, f"--ulysses-size 4 --ring-size 2 {FULL} --tiled-mlp 8 {LONG}"),
     ("llama3-8b", 8, f"--ring-size 8 --recompute-granularity all-but-attention {LONG}"),
+    ("llama3-8b", 8, f"--ulysses-size 4 --ring-size 2 --ulysses-head-chunks 2 {LONG}"),
+    ("llama3-8b", 8, f"--ulysses-size 2 --ring-size 4 --ulysses-head-chunks 2 {FULL} --tiled-mlp 16 {LONG}"),
+    ("llama3-8b", 8, f"--ulysses-size 4 --sequence-chunks 8 {LONG}"),
+    ("llama3-8b", 8, f"--ulysses-size 2 --sequence-chunks 16 --ulysses-head-chunks 2 {FULL} {LONG}"),
+    ("llama3-8b", 8, f"--tensor-model-parallel-size 2 --sequence-parallel --sequence-chunks 8 --tiled-mlp 16 {LONG}"),
+    ("llama3-8b", 8, f"--sequence-chunks 16 --cpu-offloading-attention --cpu-offloading-activations {FULL} {LONG}"),
     (
         "llama3-70b",
         64,
@@ -71,7 +80,13 @@ OPTIONS = {
     "tiled MLP": "--tiled-mlp 8",
     "all-but-attention": "--recompute-granularity all-but-attention",
     "full": FULL,
+    "sequence chunks": "--sequence-chunks 8",
+    "sequence chunks, full": f"--sequence-chunks 8 {FULL}",
 }
+KINDS = ("recompute", "tiled", "num-virtual", "sequence-chunks", "ulysses-head", "cpu")
+LONGEST = f"--cpu-offloading-attention --cpu-offloading-activations {FULL} --grad-reduce-in-bf16"
+CHUNK = 16384
+"""Tokens of a chunk."""
 
 
 def configured(model: str, ranks: int, flags: str) -> tuple[Config, Layout]:
@@ -93,7 +108,7 @@ def compare() -> None:
             counted = dry_run.count(config, layout, expected.rank, steps=1)
             difference = expected.total / counted.peak - 1
             worst = max(worst, abs(difference))
-            options = [word for word in flags.split("--") if word.startswith(("recompute", "tiled", "num-virtual"))]
+            options = [word for word in flags.split("--") if word.startswith(KINDS)]
             said = " ".join("--" + word.strip() for word in options)
             print(
                 f"| {model}, {config.training.seq_length} | {layout.name} | {said} | {place} "
@@ -135,13 +150,51 @@ def per_token() -> None:
         print(f"| {name} | {kept / 8192:,.0f} | {32 * kept / 1e9:.1f} |")
 
 
+def longest() -> None:
+    """The longest sequence of Llama-3 8B that fits, with its optimizer and master weights on the host: bf16 weights and
+    gradients stay, on several GPUs sharded (ZeRO-3)."""
+    print("| GPUs | layers that keep one input | longest sequence | on each device, GB | host, GB |")
+    print("| --- | --- | --- | --- | --- |")
+    for size, ranks, states in ((80e9, 1, 4), (141e9, 1, 4), (80e9, 8, 0.5), (141e9, 8, 0.5)):
+        for group in (1, 2, 4):
+            fits = _longest(size, ranks, states, group)
+            if fits is not None:
+                print(
+                    f"| {ranks} x {size / 1e9:.0f} GB | {group} | {fits[0]:,} | {fits[1]:.1f} | {fits[2]:,.0f} |",
+                    flush=True,
+                )
+
+
+def _longest(size: float, ranks: int, states: float, group: int) -> tuple[int, float, float] | None:
+    """Tokens, and GB on a device and on the host, where `states` bytes a parameter stay on each of `ranks` devices."""
+    best = None
+    for step in (256, 64, 16, 4):
+        at = step if best is None else best[0] // (CHUNK * ranks) + step
+        while True:
+            tokens = at * CHUNK * ranks
+            flags = f"--seq-length {tokens} --max-position-embeddings {tokens} --sequence-chunks {at} {LONGEST}"
+            config, layout = configured(
+                "llama3-8b", ranks, f"{flags} --recompute-num-layers {group} --ulysses-size {ranks}"
+            )
+            each = account(config, layout, zero=3)
+            held = each.total - each.static + states * PARAMETERS
+            host = ranks * each.host + 12 * PARAMETERS
+            if (held * (1 + FRAGMENTATION) + OUTSIDE) > size:
+                break
+            best, at = (tokens, held / 1e9, host / 1e9), at + step
+    return best
+
+
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--per-token", action="store_true")
+    arguments.add_argument("--longest", action="store_true")
     if arguments.parse_args().per_token:
         per_token()
+    elif arguments.parse_args().longest:
+        longest()
     else:
         anchors()
         compare()
