@@ -167,22 +167,21 @@ def longest() -> None:
 
 def _longest(size: float, ranks: int, states: float, group: int) -> tuple[int, float, float] | None:
     """Tokens, and GB on a device and on the host, where `states` bytes a parameter stay on each of `ranks` devices."""
-    best = None
-    for step in (256, 64, 16, 4):
-        at = step if best is None else best[0] // (CHUNK * ranks) + step
-        while True:
-            tokens = at * CHUNK * ranks
-            flags = f"--seq-length {tokens} --max-position-embeddings {tokens} --sequence-chunks {at} {LONGEST}"
-            config, layout = configured(
-                "llama3-8b", ranks, f"{flags} --recompute-num-layers {group} --ulysses-size {ranks}"
-            )
-            each = account(config, layout, zero=3)
-            held = each.total - each.static + states * PARAMETERS
-            host = ranks * each.host + 12 * PARAMETERS
-            if (held * (1 + FRAGMENTATION) + OUTSIDE) > size:
-                break
-            best, at = (tokens, held / 1e9, host / 1e9), at + step
-    return best
+
+    def held(chunks: int) -> tuple[int, float, float] | None:
+        tokens = chunks * CHUNK * ranks
+        length = f"--seq-length {tokens} --max-position-embeddings {tokens} --sequence-chunks {chunks}"
+        flags = f"{length} {LONGEST} --recompute-num-layers {group} --ulysses-size {ranks}"
+        each = account(*configured("llama3-8b", ranks, flags), zero=3)
+        device = each.total - each.static + states * PARAMETERS
+        fits = device * (1 + FRAGMENTATION) + OUTSIDE <= size
+        return (tokens, device / 1e9, (ranks * each.host + 12 * PARAMETERS) / 1e9) if fits else None
+
+    low, high = 0, 512
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if held(middle) else (low, middle)
+    return held(low) if low else None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from megasp.config.layout import Layout
 from megasp.config.layout_rules import nearest
 from megasp.config.schema import Config
+from megasp.config.tiles import mlp_tiles
 from megasp.errors import ConfigError
 
 
@@ -84,7 +85,7 @@ def _distribute(config: Config, layout: Layout) -> None:
 
 
 def _tiles(config: Config, layout: Layout) -> None:
-    tiles = config.activations.tiled_mlp
+    tiles = mlp_tiles(config, layout)
     if tiles == 1:
         return
     split = layout.tp if config.parallel.sequence_parallel else 1

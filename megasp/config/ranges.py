@@ -43,6 +43,7 @@ RANGES: dict[str, Range] = {
             "lr_decay_iters", "lr_wsd_decay_iters", "keep_last", "keep_every", "original_max_position_embeddings",
             "num_distributed_optimizer_instances", "loss_scale_window", "hysteresis", "recompute_num_layers",
             "cpu_offloading_num_layers", "tiled_mlp", "sequence_chunks",
+            "activation_tile_mb",
         ),
         SIZE,
     ),

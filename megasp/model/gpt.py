@@ -43,6 +43,7 @@ class GPTModel(nn.Module):
         attend: attention over the split sequence; without it over contiguous shards, by the best kernel there is.
         recompute: what is recomputed in the backward, and in which layers.
         tiled_mlp: tiles of the sequence in which each MLP is computed.
+        head_bytes: of the logits that exist at a time; 128 MiB without it.
         offloaded_layers: first layers whose activations go to the host.
         factory: device, dtype and seed of the parameters.
 
@@ -64,6 +65,7 @@ class GPTModel(nn.Module):
         attend: SequenceAttention | None = None,
         recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
         tiled_mlp: int = 1,
+        head_bytes: int | None = None,
         offloaded_layers: int = 0,
         factory: Factory | None = None,
     ) -> None:
@@ -85,7 +87,7 @@ class GPTModel(nn.Module):
             piece = replicated("position_embedding.weight", shape, state.tp, partial=self.sequence_parallel)
             self.position_embedding = factory.parameter([piece.with_facts(init_std=config.init_method_std, decay=True)])
         self.embedding_key = site_key(factory.seed, "embedding")
-        self.offloaded_layers = offloaded_layers
+        self.offloaded_layers, self.head_bytes = offloaded_layers, head_bytes
         self.copies = copier(state.device if offloaded_layers else torch.device("cpu"))
         self.groups = recompute.groups(len(layers))
         self.recompute = [recompute if again else Recompute() for group, again in self.groups for _ in group]
@@ -167,7 +169,8 @@ class GPTModel(nn.Module):
             return self._logits(x)
         mask = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask
         axis, weight = self.state.tp, self.head.weight
-        return linear_cross_entropy(x, weight, labels.t(), mask.t(), axis, self.sequence_parallel)
+        split, size = self.sequence_parallel, self.head_bytes
+        return linear_cross_entropy(x, weight, labels.t(), mask.t(), axis, split, size)
 
     def _run(self, group: range, x: Tensor, info: Tokens) -> Tensor:
         """Some layers, recomputed in the backward as one where whole layers are."""

@@ -35,6 +35,7 @@ class Sizes:
         dropout: whether dropout is on.
         tiles: of the MLP.
         chunks: of the sequence, one after another; `chunks_on_host`: where what they leave is.
+        head_bytes: of the logits that exist at a time; the loss's own choice without it.
     """
 
     tokens: int
@@ -48,6 +49,7 @@ class Sizes:
     tiles: int = 1
     chunks: int = 1
     chunks_on_host: bool = False
+    head_bytes: int | None = None
 
     @property
     def split(self) -> int:
@@ -250,7 +252,7 @@ def last_footprint(model: ModelConfig, sizes: Sizes) -> Footprint:
     """The final norm, the head and the loss."""
     d, stream = model.hidden_size, sizes.rows * model.hidden_size * sizes.item
     vocabulary, item = model.padded_vocab_size // sizes.tp, sizes.item
-    loss = loss_footprint(sizes.tokens, d, vocabulary, item, sizes.head_gradient, sizes.split)
+    loss = loss_footprint(sizes.tokens, d, vocabulary, item, sizes.head_gradient, sizes.split, sizes.head_bytes)
     norm = _norm(model, sizes)
     if sizes.chunks > 1:
         part = _norm(model, replace(sizes, tokens=sizes.tokens // sizes.chunks))

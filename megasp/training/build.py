@@ -8,6 +8,7 @@ from torch import nn
 from megasp.config.context_parallel import split_context
 from megasp.config.schema import Config
 from megasp.config.stages import split
+from megasp.config.tiles import head_bytes, mlp_tiles
 from megasp.data_parallel import Replicas, WeightShards
 from megasp.host_copies import copier
 from megasp.model import Factory, GPTModel
@@ -84,7 +85,8 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
             sequence_parallel=config.parallel.sequence_parallel,
             attend=attend,
             recompute=activations.recompute,
-            tiled_mlp=activations.tiled_mlp,
+            tiled_mlp=mlp_tiles(config, state.layout),
+            head_bytes=head_bytes(config),
             offloaded_layers=activations.offloaded(len(stage.layers)),
             factory=Factory(state.device, dtype, config.training.seed),
         )

@@ -14,6 +14,7 @@ from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.config.stages import Stage, split
+from megasp.config.tiles import head_bytes, mlp_tiles
 from megasp.data_parallel.memory import StateBytes, state_bytes
 from megasp.model import memory as model_memory
 from megasp.model.memory import Sizes
@@ -163,9 +164,10 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
         layout.tp,
         sequence_parallel,
         attention,
-        activations.tiled_mlp,
+        mlp_tiles(config, layout),
         activations.sequence_chunks,
         activations.cpu_offloading_attention,
+        head_bytes(config),
     )
 
 

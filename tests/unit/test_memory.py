@@ -54,6 +54,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "ulysses": ({"ulysses_size": 4}, 4),
     "ring": ({"ring_size": 4}, 4),
     "ring-tiled-full": ({"ring_size": 4, "tiled_mlp": 8, "recompute_granularity": "full"}, 4),
+    "tiles-by-budget": (SP | {"activation_tile_mb": 1}, 2),
     "chunks": ({"sequence_chunks": 4}, 1),
     "chunks-fp32": ({"sequence_chunks": 2, "bf16": False}, 1),
     "chunks-full": (SP | {"sequence_chunks": 8, "recompute_granularity": "full"}, 2),

@@ -6,6 +6,7 @@ import pytest
 
 from megasp.config.load import from_values
 from megasp.config.recompute import Recompute
+from megasp.config.tiles import mlp_tiles
 from megasp.config.validate import validate
 from megasp.errors import ConfigError
 from tests.unit.config.test_validate import BASE, PP, TP
@@ -52,6 +53,23 @@ def test_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         world = max(given.get(name, 1) for name in (PP, TP, "ulysses_size", "ring_size"))
         validate(from_values(BASE | given), world)
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks", "tiles"),
+    [
+        ({}, 1, 1),
+        ({"activation_tile_mb": 8}, 1, 12),  # 8192 tokens x (gate, up, product) x 1024 x 4 bytes = 96 MB
+        ({"activation_tile_mb": 8, "bf16": True}, 1, 6),
+        ({"activation_tile_mb": 8, "tiled_mlp": 5}, 1, 5),
+        ({"activation_tile_mb": 8, "ulysses_size": 2}, 2, 6),
+        ({"activation_tile_mb": 8, TP: 2, "sequence_parallel": True}, 2, 6),
+        ({"activation_tile_mb": 1000}, 1, 1),
+    ],
+)
+def test_tiles_by_a_budget(given: dict[str, Any], ranks: int, tiles: int) -> None:
+    config = from_values(BASE | {"seq_length": 8192, "ffn_hidden_size": 1024, "swiglu": True} | given)
+    assert mlp_tiles(config, validate(config, ranks)) == tiles
 
 
 def test_offload_on_a_gpu_passes() -> None:
