@@ -9,27 +9,19 @@ weights and their gradients. Kernels' own workspaces and the allocator's roundin
 """
 
 import argparse
-import gc
-import weakref
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from megasp import parallel_state
 from megasp.config.flags import build
 from megasp.config.layout import Layout
 from megasp.config.presets import PRESETS
 from megasp.config.schema import ModelConfig
-from megasp.model import Factory, GPTModel, init
-from megasp.parameters import Piece
+from megasp.dry_run import fake_tensors
+from megasp.model import Factory, GPTModel
 from megasp.sequence_parallel import SequenceAttention
 from megasp.sequence_parallel.shards import shards
 
@@ -46,34 +38,6 @@ MODES = {
 """Name -> (Ulysses, ring, how the ring exchanges) of so many ranks; None where there is none."""
 
 
-class Tracker(TorchDispatchMode):
-    """Bytes of the storages that are alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_iter((out, args)):
-            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in self.seen:
-                storage = tensor.untyped_storage()
-                self.seen.add(key)
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self._freed, key, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return out
-
-    def _freed(self, key: int, size: int) -> None:
-        self.seen.remove(key)
-        self.live -= size
-
-
-def no_values(piece: Piece, seed: int) -> Tensor:
-    return torch.empty(()).expand(piece.box.size)
-
-
 def count(ulysses: int, ring: int, comm: str, length: int) -> tuple[int, int]:
     """(bytes kept after the forward, peak bytes beyond weights and gradients) of rank 0."""
     layout = Layout(ulysses=ulysses, ring=ring)
@@ -83,8 +47,7 @@ def count(ulysses: int, ring: int, comm: str, length: int) -> tuple[int, int]:
         config = build(ModelConfig, PRESETS["llama3-8b"] | {"num_layers": LAYERS, "vocab_size": 1})
         attend = SequenceAttention(state, shards(length, ring, ulysses, comm), "flash", comm)
         tokens = length // layout.world_size
-        gc.collect()
-        with mock.patch.object(init, "initial_values", no_values), FakeTensorMode(), Tracker() as tracker:
+        with fake_tensors() as tracker:
             options = {"layers": range(LAYERS), "first": False, "last": False, "attend": attend}
             model = GPTModel(config, state, factory=Factory(dtype=torch.bfloat16), **options)
             for parameter in model.parameters():

@@ -29,7 +29,8 @@ class Contestant:
     Args:
         name: in tables.
         make: importable function; called once in each rank's process (its gloo group is initialized). What it returns
-            is timed: a function of the number of the call.
+            is timed: a function of the number of the call. Where it has a method `prepare`, that is called before with
+            the same number, and not timed.
         args: of `make`.
         ranks: processes.
         threads: compute threads of each.
@@ -129,6 +130,8 @@ def _rank_main(pipe: Connection, contestant: Contestant, rank: int, folder: Path
                 pipe.send(_peak_gib())
                 _reset_peak()
                 continue
+            if hasattr(call, "prepare"):
+                call.prepare(index)
             dist.barrier()
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             cpu, start = time.process_time(), time.perf_counter()

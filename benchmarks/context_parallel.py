@@ -1,7 +1,7 @@
 """Attention over a split sequence, every mode, beside DeepSpeed's DistributedAttention on the same input (gloo ranks).
 
     python benchmarks/context_parallel.py [--worlds 2 4] [--kv-heads 16 4] [--seq-length 4096] [--documents 512]
-    python benchmarks/context_parallel.py --draw 8          # steps of the modes, and their balance
+    python benchmarks/context_parallel.py --draw 8          # steps of the modes, and their balance (with --documents)
     python benchmarks/context_parallel.py --scale           # 65,536 tokens, ring of 8, against one process
     python benchmarks/context_parallel.py --precision       # bf16's error over the size of the ring; a picture
 
@@ -35,10 +35,11 @@ from megasp.config.load import load, parser
 from megasp.local_ranks import run_ranks
 from megasp.parallel_state import Traffic
 from megasp.sequence_parallel import SequenceAttention, Work, attend
+from megasp.sequence_parallel.block_kernels import CPUFlash
+from megasp.sequence_parallel.kernels import KERNELS
 from megasp.sequence_parallel.schedules import SCHEDULES, draw, simulate
 from megasp.sequence_parallel.shards import shards
 from megasp.sequence_parallel.traffic import AttentionShape, ring_traffic, ulysses_traffic
-from megasp.shard_map import ShardMap
 
 MODES = {
     "a2a": "p2p",
@@ -189,12 +190,14 @@ def line(world: int, kv_heads: int, name: str, ranks: list[dict[str, Any]]) -> N
     print(row, flush=True)
 
 
-def draw_modes(ranks: int) -> None:
-    """Steps of the forward of every mode, dense causal, with the time in units of a full pair of shards."""
+def draw_modes(ranks: int, document: int) -> None:
+    """Steps of the forward of every mode, with the time in units of a full pair of shards (of 64 tokens); of causal
+    attention to one document, or to documents of `document` tokens."""
+    each = 64
+    documents = [np.arange(0, each * ranks, document)] if document else None
     for mode in SCHEDULES:
-        each = 64
-        shards = (ShardMap.contiguous if mode == "lightseq" else ShardMap.zigzag)(each * ranks, ranks)
-        work = Work(shards.by_ring(1), comm=mode)
+        held = shards(each * ranks, ranks, 1, mode).of(documents)
+        work = Work(held.by_ring(1), documents=documents, comm=mode)
         length, even = simulate(work.schedule.forward, ranks, work.pairs)
         print(f"{mode}: {length / each**2:.2f} long, balance {even:.2f}\n{draw(work.schedule.forward, ranks)}\n")
 
@@ -214,7 +217,20 @@ def scale() -> None:
         )
 
 
-def squared_errors() -> list[tuple[float, float]]:
+class NotRounded(CPUFlash):
+    """The same kernel on the same numbers, whose results of a block stay in fp32."""
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        return super()._forward(q.float(), k.float(), v.float(), causal, scale)
+
+    def _backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = (x.float() for x in (dout, q, k, v, out))
+        return super()._backward(*wide, lse, causal, scale)
+
+
+def squared_errors(kernel: CPUFlash) -> list[tuple[float, float]]:
     """(squared error of bf16 against fp64, squared size) of out, dq, dk and dv on this rank of a ring."""
     ring, generator = dist.get_world_size(), torch.Generator().manual_seed(0)
     whole = [torch.randn(PRECISION_TOKENS, 1, n, 64, generator=generator).bfloat16() for n in (4, 2, 2, 4)]
@@ -227,7 +243,8 @@ def squared_errors() -> list[tuple[float, float]]:
     *qkv, dout = (x[here] for x in whole)
     qkv = [x.requires_grad_() for x in qkv]
     attention = SequenceAttention(state, held)
-    out = attention(*qkv, attention.work(len(here), 4, 2))
+    KERNELS["flash", "cpu"] = kernel
+    out = attention(*qkv, attention.work(len(here), 4, 2)).bfloat16()
     got = [out.detach(), *torch.autograd.grad(out, qkv, dout)]
     return [
         (float((x.double() - y[here]).square().sum()), float(y[here].square().sum()))
@@ -236,7 +253,8 @@ def squared_errors() -> list[tuple[float, float]]:
 
 
 def precision() -> None:
-    """Relative error, root mean square, of bf16 over the size of the ring; CPU flash attention, 4/2 heads of 64."""
+    """Relative error, root mean square, of bf16 over the size of the ring; CPU flash attention, 4/2 heads of 64; and
+    what it would be if the results of single blocks were not rounded."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -244,19 +262,25 @@ def precision() -> None:
     from matplotlib import pyplot
 
     rings = range(1, 9)
-    found = []
-    for ring in rings:
-        of_ranks = np.array(run_ranks(squared_errors, ring, timeout=600)).sum(0)
-        found.append(np.sqrt(of_ranks[:, 0] / of_ranks[:, 1]))
-        print(f"ring {ring}: " + ", ".join(f"{n} {e:.2e}" for n, e in zip(PARTS, found[-1], strict=True)), flush=True)
-    figure, axis = pyplot.subplots(figsize=(6, 3.5))
-    for name, errors in zip(PARTS, zip(*found, strict=True), strict=True):
-        axis.plot(rings, errors, "o-", label=name, markersize=4)
-    axis.set(xlabel="ring size", ylabel="relative error (RMS)", ylim=(0, None))
-    axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    axis.legend()
-    axis.grid(alpha=0.3)
-    axis.set_title(f"bf16 against fp64, {PRECISION_TOKENS} tokens", fontsize=10)
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.5), sharey=True)
+    kernels = {"as the kernel gives them": CPUFlash(), "of blocks in fp32": NotRounded()}
+    for axis, (title, kernel) in zip(panels, kernels.items(), strict=True):
+        found = []
+        print(f"results {title}")
+        for ring in rings:
+            of_ranks = np.array(run_ranks(squared_errors, ring, kernel, timeout=600)).sum(0)
+            found.append(np.sqrt(of_ranks[:, 0] / of_ranks[:, 1]))
+            errors = (f"{name} {error:.2e}" for name, error in zip(PARTS, found[-1], strict=True))
+            print(f"ring {ring}: " + ", ".join(errors), flush=True)
+        for name, of_rings in zip(PARTS, zip(*found, strict=True), strict=True):
+            axis.plot(rings, of_rings, "o-", label=name, markersize=4)
+        axis.set(xlabel="ring size", ylim=(0, None))
+        axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        axis.grid(alpha=0.3)
+        axis.set_title(f"results {title}", fontsize=10)
+    panels[0].set_ylabel("relative error (RMS)")
+    panels[0].legend()
+    figure.suptitle(f"bf16 against fp64, {PRECISION_TOKENS} tokens", fontsize=10)
     figure.tight_layout()
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE, metadata={"Date": None})
@@ -275,7 +299,7 @@ def main() -> None:
     p.add_argument("--precision", action="store_true", help="bf16 over the size of the ring")
     a = p.parse_args()
     if a.draw:
-        draw_modes(a.draw)
+        draw_modes(a.draw, a.documents)
     elif a.scale:
         scale()
     elif a.precision:

@@ -26,6 +26,7 @@ from megasp.training.memory import account
 PARAMETERS = 8.03e9
 LONG = "--seq-length 131072 --max-position-embeddings 131072"
 FULL = "--recompute-granularity full"
+HOST = f"--optimizer-cpu-offload {FULL}"
 CASES: list[tuple[str, int, str]] = [
     # model, ranks, flags
     ("llama3-8b", 8, ""),
@@ -46,6 +47,11 @@ CASES: list[tuple[str, int, str]] = [
     ("llama3-8b", 8, f"--ulysses-size 2 --sequence-chunks 16 --ulysses-head-chunks 2 {FULL} {LONG}"),
     ("llama3-8b", 8, f"--tensor-model-parallel-size 2 --sequence-parallel --sequence-chunks 8 --tiled-mlp 16 {LONG}"),
     ("llama3-8b", 8, f"--sequence-chunks 16 --cpu-offloading-attention --cpu-offloading-activations {FULL} {LONG}"),
+    ("llama3-8b", 8, f"--data-parallel-sharding-strategy optim {FULL}"),
+    ("llama3-8b", 8, f"--data-parallel-sharding-strategy optim_grads {FULL} --global-batch-size 16"),
+    ("llama3-8b", 8, "--data-parallel-sharding-strategy optim_grads_params"),
+    ("llama3-8b", 1, f"--optimizer-cpu-offload {FULL}"),
+    ("llama3-8b", 8, f"--data-parallel-sharding-strategy optim_grads_params {HOST} --ulysses-size 8 {LONG}"),
     (
         "llama3-70b",
         64,
@@ -70,6 +76,17 @@ CASES: list[tuple[str, int, str]] = [
         f"--recompute-num-layers 2 --global-batch-size 2 {LONG}",
     ),
 ]
+SAID = (
+    "recompute",
+    "tiled",
+    "num-virtual",
+    "data-parallel-sharding",
+    "sequence-chunks",
+    "ulysses-head",
+    "cpu",
+    "optimizer-cpu",
+)
+"""Beginnings of the flags that a table names beside the layout."""
 OPTIONS = {
     "nothing": "",
     "selective: core_attn": "--recompute-granularity selective",
@@ -83,7 +100,6 @@ OPTIONS = {
     "sequence chunks": "--sequence-chunks 8",
     "sequence chunks, full": f"--sequence-chunks 8 {FULL}",
 }
-KINDS = ("recompute", "tiled", "num-virtual", "sequence-chunks", "ulysses-head", "cpu")
 LONGEST = f"--cpu-offloading-attention --cpu-offloading-activations {FULL} --grad-reduce-in-bf16"
 CHUNK = 16384
 """Tokens of a chunk."""
@@ -108,7 +124,7 @@ def compare() -> None:
             counted = dry_run.count(config, layout, expected.rank, steps=1)
             difference = expected.total / counted.peak - 1
             worst = max(worst, abs(difference))
-            options = [word for word in flags.split("--") if word.startswith(KINDS)]
+            options = [word for word in flags.split("--") if word.startswith(SAID)]
             said = " ".join("--" + word.strip() for word in options)
             print(
                 f"| {model}, {config.training.seq_length} | {layout.name} | {said} | {place} "
@@ -122,9 +138,9 @@ def compare() -> None:
 
 def anchors() -> None:
     """Published numbers beside the account."""
-    config, layout = configured("llama3-8b", 8, "--context-parallel-size 2")
+    config, layout = configured("llama3-8b", 8, "--context-parallel-size 2 --global-batch-size 8")
     ours = account(config, layout, zero=1, gradient_item=2)
-    static = ours.static
+    static = ours.static + ours.states.gradients
     print("\npublished: Llama-3 8B, cp 2, dp 4, ZeRO-1, bf16 gradients, 8192 tokens, H100")
     print(f"    states at the start   44.27 GB    account {static / 1e9:6.2f} GB  {static / 44.27e9 - 1:+.1%}")
     print(f"    peak                  70.83 GB    account {ours.total / 1e9:6.2f} GB  {ours.total / 70.83e9 - 1:+.1%}")
@@ -134,8 +150,10 @@ def anchors() -> None:
     )
     argv = f"{flags} --group-query-attention --untie-embeddings-and-output-weights --disable-bias-linear --bf16".split()
     argv += ["--position-embedding-type", "rope", "--attention-dropout", "0", "--hidden-dropout", "0"]
+    argv += ["--global-batch-size", "64"]
     config = resolve(load([*argv, "--mock-data", "--train-iters", "1", "--lr", "1e-4"], parser("memory", ""))[0])
-    static = account(config, validate(config, 64, "cuda"), zero=1, gradient_item=2).static
+    theirs = account(config, validate(config, 64, "cuda"), zero=1, gradient_item=2)
+    static = theirs.static + theirs.states.gradients
     print("published: Nemotron-15B, tp 2, dp 32, ZeRO-1, bf16 gradients")
     print(f"    states at the start   34.47 GB    account {static / 1e9:6.2f} GB  {static / 34.47e9 - 1:+.1%}")
 
@@ -175,7 +193,7 @@ def _longest(size: float, ranks: int, states: float, group: int) -> tuple[int, f
         each = account(*configured("llama3-8b", ranks, flags), zero=3)
         device = each.total - each.static + states * PARAMETERS
         fits = device * (1 + FRAGMENTATION) + OUTSIDE <= size
-        return (tokens, device / 1e9, (ranks * each.host + 12 * PARAMETERS) / 1e9) if fits else None
+        return (tokens, device / 1e9, (ranks * each.on_host + 12 * PARAMETERS) / 1e9) if fits else None
 
     low, high = 0, 512
     while high - low > 1:

@@ -29,5 +29,6 @@ part python -m benchmarks.ulysses
 part python -m benchmarks.open_dataset
 part python -m benchmarks.converge
 part python -m benchmarks.gpu.train_step
+part python -m benchmarks.gpu.offload
 rm -f "$out.stderr"
 echo "written: $out"

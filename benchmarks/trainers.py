@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from benchmarks import workload
 from megasp import parallel_state
-from megasp.checkpoints.hugging_face import llama_config, llama_name
+from megasp.checkpoints.hf_names import stack
+from megasp.config.hf_config import family_of, write
 from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.config.validate import validate
@@ -91,10 +92,12 @@ def make_transformers(
     """transformers' LlamaForCausalLM with PyTorch's attention and fused AdamW."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    described = llama_config(config.model, config.training.seq_length, torch.float32, None)
-    options: dict[str, Any] = described | {"use_cache": False, "attn_implementation": "sdpa"}
-    model = LlamaForCausalLM(LlamaConfig(**options))
-    model.load_state_dict({llama_name(name): value for name, value in workload.weights(config.model).items()})
+    family, described = family_of(config.model, config.training.seq_length)
+    options = write(family, described, config.training.seq_length)
+    model = LlamaForCausalLM(LlamaConfig(**options | {"use_cache": False, "attn_implementation": "sdpa"}))
+    weights = workload.weights(config.model)
+    stacked = stack(family, {name: tuple(value.shape) for name, value in weights.items()})
+    model.load_state_dict({each.key: torch.cat([weights[name] for name, _ in each.parts]) for each in stacked})
     model.to(device).train()  # type: ignore[arg-type]
     parameters, settings = list(model.parameters()), config.optimizer
     groups: list[dict[str, Any]] = [

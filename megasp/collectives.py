@@ -47,7 +47,7 @@ class Pending:
 def start_all_gather(x: Tensor, axis: Axis, out: Tensor | None = None) -> Pending:
     """[n, ...] of every rank -> [size * n, ...], stacked in rank order; into `out`, of which `x` may be a part."""
     if axis.size == 1:
-        return Pending(x)
+        return Pending(x if out is None else out.copy_(x))
     x = x.contiguous()
     axis.traffic.add("all_gather", x.nbytes * (axis.size - 1))
     out = x.new_empty((axis.size * x.shape[0], *x.shape[1:])) if out is None else out
@@ -61,7 +61,7 @@ def start_reduce_scatter(x: Tensor, axis: Axis, out: Tensor | None = None) -> Pe
     copy), in a fixed rank order, and low precision is summed in fp32.
     """
     if axis.size == 1:
-        return Pending(x)
+        return Pending(x if out is None else out.copy_(x))
     x = x.contiguous()
     axis.traffic.add("reduce_scatter", x.nbytes * (axis.size - 1) // axis.size)
     rows = x.shape[0] // axis.size

@@ -19,7 +19,8 @@ from megasp import log
 
 GIB = 2**30
 PACKAGES = {
-    "flash-attn": "attention kernels",
+    "flash-attn": "attention kernels: --attention-backend flash-attn-2",
+    "flash-attn-3": "attention kernels for Hopper GPUs: --attention-backend flash-attn-3",
     "transformer-engine": "not used by this version",
     "apex": "not used by this version",
     "transformers": "its models under sequence parallelism, checks of exported ones",

@@ -8,7 +8,8 @@ take inside themselves and for the allocator's rounding. The account of `megasp 
 import dataclasses
 import gc
 import weakref
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,32 +34,27 @@ from megasp.data_parallel import global_norm, sum_partial_, sum_tied_
 from megasp.host_copies import PlainCopier
 from megasp.model import init, loss, matmul
 from megasp.parameters import Piece
+from megasp.training import communication
 from megasp.training.build import Training, build
+from megasp.training.volumes import Volume, closed_forms
 
 
 class Tracker(TorchDispatchMode):
     """Counts the bytes of the storages that are alive, and their peak.
 
     Attributes:
-        live, peak: bytes now, and at most since `peak` was set.
-        host, host_peak: the same of storages that stand for the host's, whose keys are in `on_host`.
+        live, peak: bytes of the device now, and at most since `peak` was set.
+        host, host_peak: the same of what would be in the host's memory.
+        flops: kind -> floating-point operations since it was cleared.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = self.host = self.host_peak = 0
+        self.flops: Counter[str] = Counter()
         self._sizes: dict[int, int] = {}
-        self.on_host: set[int] = set()
-
-    def copyon_host(self, x: Tensor) -> Tensor:
-        """A copy that is not the device's."""
-        copy = x.clone()
-        key = copy.untyped_storage()._cdata
-        self.live -= self._sizes[key]
-        self.host += self._sizes[key]
-        self.host_peak = max(self.host_peak, self.host)
-        self.on_host.add(key)
-        return copy
+        self._of_host: set[int] = set()
+        self._hosting = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, torch.distributed.tensor.DTensor) for kind in types):
@@ -67,6 +63,11 @@ class Tracker(TorchDispatchMode):
         for tensor in tree_iter((out, args)):
             if isinstance(tensor, Tensor):
                 self.note(tensor.untyped_storage())
+        name = func.overloadpacket.__name__
+        if name in PRODUCTS:
+            self.flops["matrix products"] += _product_flops(name, args, out)
+        elif "scaled_dot_product" in name:
+            self.flops["attention"] += _attention_flops(name, args)
         return out
 
     def note(self, storage: torch.UntypedStorage) -> None:
@@ -74,27 +75,76 @@ class Tracker(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key not in self._sizes:
             weakref.finalize(storage, self._forget, key)
-        self.live += size - self._sizes.get(key, 0)
+            if self._hosting:
+                self._of_host.add(key)
+        self._add(key, size - self._sizes.get(key, 0))
         self._sizes[key] = size
         self.peak = max(self.peak, self.live)
 
-    def _forget(self, key: int) -> None:
-        size = self._sizes.pop(key)
-        if key in self.on_host:
-            self.on_host.remove(key)
-            self.host -= size
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """What is allocated inside would be in the host's memory."""
+        self._hosting = True
+        yield
+        self._hosting = False
+
+    def move_to_host(self, x: Tensor) -> None:
+        """A tensor that is the host's from now on."""
+        key = x.untyped_storage()._cdata
+        self._add(key, -self._sizes[key])
+        self._of_host.add(key)
+        self._add(key, self._sizes[key])
+
+    def of_host(self, x: Tensor) -> bool:
+        """Whether a tensor is the host's."""
+        return x.untyped_storage()._cdata in self._of_host
+
+    def _add(self, key: int, size: int) -> None:
+        if key in self._of_host:
+            self.host += size
+            self.host_peak = max(self.host_peak, self.host)
         else:
-            self.live -= size
+            self.live += size
+
+    def _forget(self, key: int) -> None:
+        self._add(key, -self._sizes.pop(key))
+        self._of_host.discard(key)
+
+
+PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_linear_pointwise": 0}
+"""Operators of matrix products, and the place of their first factor."""
+
+
+def _product_flops(name: str, args: Sequence[Any], out: Any) -> int:
+    return 2 * out.numel() * args[PRODUCTS[name]].shape[-1]
+
+
+def _attention_flops(name: str, args: Sequence[Any]) -> int:
+    """Of PyTorch's fused attention on a CPU, whose last argument says whether it is causal, and is counted half then:
+    two products forward, five backward."""
+    backward = name.endswith("backward")
+    query, key = args[1:3] if backward else args[:2]
+    return (5 if backward else 2) * 2 * query.numel() * key.shape[-2] // (2 if args[-1] is True else 1)
 
 
 @dataclass(frozen=True)
 class Count:
-    """Bytes of one rank: after the build, the peaks of a step's passes and of its optimizer, and the host's peak."""
+    """Of one rank.
+
+    Attributes:
+        built, passes, optimizer: bytes after the build, and the peaks of a step's passes and of its optimizer.
+        volume: what the step sent, and computed.
+        formula: the same in closed form.
+        host: bytes that the host holds between steps; `host_passes`: the peak of a step's passes there.
+    """
 
     built: int
     passes: int
     optimizer: int
-    host: int
+    volume: Volume
+    formula: Volume
+    host: int = 0
+    host_passes: int = 0
 
     @property
     def peak(self) -> int:
@@ -111,23 +161,39 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
         state = parallel_state.build(layout, torch.device("cpu"))
-        with _fake() as tracker:
+        with fake_tensors() as tracker:
             training = build(config, state)
+            for master, weight in zip(training.optimizer.masters, training.replicas.masters, strict=True):
+                for tensor in (master, *training.optimizer.state[master].values()) if master is not weight else ():
+                    tracker.move_to_host(tensor)
             built = tracker.live
             batches = [_batch(training) for _ in range(config.num_microbatches(layout))]
             for _ in range(steps):
-                tracker.peak = 0
+                tracker.peak, tracker.host_peak = 0, tracker.host
+                tracker.flops.clear()
+                communication.reset(training)
                 training.pipeline.train(batches, 1.0)
                 training.replicas.finish()
-                passes, tracker.peak = tracker.peak, 0
+                passes, tracker.peak, host_passes = tracker.peak, 0, tracker.host_peak
                 sum_partial_(training.replicas.masters, state.tp)
                 sum_tied_(training.tied, state.ends)
                 global_norm(training.replicas.masters, state.model)
                 training.optimizer.step()
                 training.replicas.publish()
-            return Count(built, passes, tracker.peak, tracker.host_peak)
+            volume, formula = Volume(_sent(training), tracker.flops), closed_forms(training, batches)
+            return Count(built, passes, tracker.peak, volume, formula, tracker.host, host_passes)
     finally:
         dist.destroy_process_group()
+
+
+def _sent(training: Training) -> Counter[tuple[str, str]]:
+    return Counter(
+        {
+            (name, operation): size
+            for name, axis in training.state.axes.items()
+            for operation, size in axis.traffic.bytes_sent.items()
+        }
+    )
 
 
 def _kernel_of_a_gpu(config: Config) -> Config:
@@ -143,14 +209,15 @@ def _kernel_of_a_gpu(config: Config) -> Config:
 
 
 @contextmanager
-def _fake() -> Iterator[Tracker]:
-    """Fake tensors inside, which stand for those of a GPU: the loss passes over a chunk's logits at once there, and
-    products of lower precision are written in fp32 as they are."""
+def fake_tensors() -> Iterator[Tracker]:
+    """Fake tensors inside, which stand for those of a GPU (the loss passes over a chunk's logits at once there, and
+    products of lower precision are written in fp32 as they are), and the tracker that counts them."""
 
     def no_values(piece: Piece, seed: int) -> Tensor:
         return torch.empty(0).expand(piece.box.size) if 0 in piece.box.size else torch.empty(()).expand(piece.box.size)
 
     def wide_product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+        tracker.flops["matrix products"] += 2 * x.numel() * y.shape[0]
         return x.new_empty((x.shape[0], y.shape[0]), dtype=dtype)
 
     resize = torch.UntypedStorage.resize_
@@ -161,26 +228,29 @@ def _fake() -> Iterator[Tracker]:
         tracker.note(storage)
         return result
 
-    def to_host(copies: PlainCopier, x: Tensor) -> tuple[Tensor, None]:
-        return tracker.copyon_host(x), None
-
-    def is_host(copies: PlainCopier, x: Tensor) -> bool:
-        return x.untyped_storage()._cdata in tracker.on_host
-
     from_group = DeviceMesh.from_group
 
     def real_mesh(*args: Any, **kwargs: Any) -> DeviceMesh:  # a mesh reads the ranks out of its tensor
         with unset_fake_temporarily():
             return from_group(*args, **kwargs)
 
+    to_host = PlainCopier.to_host
+
+    def copy_out(copies: PlainCopier, x: Tensor) -> Any:
+        with tracker.on_host():
+            return to_host(copies, x)
+
+    def is_host(copies: PlainCopier, x: Tensor) -> bool:
+        return tracker.of_host(x)
+
     gc.collect()
     with (
+        mock.patch.multiple(PlainCopier, to_host=copy_out, is_host=is_host),
         mock.patch.object(DeviceMesh, "from_group", real_mesh),
         mock.patch.object(init, "initial_values", no_values),
         mock.patch.object(loss, "CACHE_BYTES", 1 << 62),
         mock.patch.object(matmul, "wide_product", wide_product),
         mock.patch.object(torch.UntypedStorage, "resize_", resize_),
-        mock.patch.multiple(PlainCopier, to_host=to_host, is_host=is_host),
         FakeTensorMode(allow_non_fake_inputs=True),
         tracker,
     ):

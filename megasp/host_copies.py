@@ -19,8 +19,14 @@ class Copier(Protocol):
     def to_device(self, host: Tensor) -> tuple[Tensor, Any]:
         """A copy on the device, and a mark of when it is done."""
 
+    def onto(self, x: Tensor, values: Tensor) -> Any:
+        """Copy values of the host onto `x` on the device, in its dtype; a mark of when it is done."""
+
     def wait(self, mark: Any) -> None:
         """Let the computation that follows wait for a mark."""
+
+    def settle(self, mark: Any) -> None:
+        """Let the host wait for a mark."""
 
     def is_host(self, x: Tensor) -> bool:
         """Whether these bytes are on the host as they are."""
@@ -40,6 +46,10 @@ class CUDACopier:
         x = torch.empty(host.shape, dtype=host.dtype, device=self.device)
         return x, self._copy(x, host)
 
+    def onto(self, x: Tensor, values: Tensor) -> Any:
+        pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)  # its allocator keeps it until it has travelled
+        return self._copy(x, pinned.copy_(values))
+
     def _copy(self, to: Tensor, source: Tensor) -> Any:
         # Also into memory that is new: what was there before may still be in use on the other stream.
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -49,6 +59,9 @@ class CUDACopier:
 
     def wait(self, mark: Any) -> None:
         torch.cuda.current_stream(self.device).wait_event(mark)
+
+    def settle(self, mark: Any) -> None:
+        mark.synchronize()
 
     def is_host(self, x: Tensor) -> bool:
         return x.device.type == "cpu"
@@ -62,26 +75,25 @@ class PlainCopier:
 
     to_device = to_host
 
+    def onto(self, x: Tensor, values: Tensor) -> Any:
+        x.copy_(values)
+
     def wait(self, mark: Any) -> None:
         pass
+
+    settle = wait
 
     def is_host(self, x: Tensor) -> bool:
         return False
 
 
-class Staying:
+class Staying(PlainCopier):
     """Copies nothing: what is to be on the host stays where it is."""
 
     def to_host(self, x: Tensor) -> tuple[Tensor, Any]:
         return x, None
 
     to_device = to_host
-
-    def wait(self, mark: Any) -> None:
-        pass
-
-    def is_host(self, x: Tensor) -> bool:
-        return False
 
 
 def copier(device: torch.device) -> Copier:

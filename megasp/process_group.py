@@ -62,6 +62,25 @@ def _gpu() -> int:
     return index
 
 
+def ranks_of_node() -> int | None:
+    """Ranks that the launcher started on this machine; None where it does not say."""
+    told = os.environ.get("LOCAL_WORLD_SIZE")
+    return int(told) if told else None
+
+
+def check_nodes_agree(ranks: int, device: torch.device) -> None:
+    """Refuse a split of the ranks that they chose by nodes of different sizes: groups would not match, and hang."""
+    most = torch.tensor([ranks, -ranks], device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    high, low = int(most[0]), -int(most[1])
+    if high != low:
+        raise ConfigError(
+            f"nodes of {low} to {high} ranks",
+            "the split of the context-parallel ranks weighs it, and must be one",
+            "give --nproc-per-node, or --ulysses-size and --ring-size",
+        )
+
+
 def use_loopback() -> None:
     """Let gloo talk over the loopback interface, when all ranks are on this host and nobody chose an interface.
 
@@ -71,6 +90,16 @@ def use_loopback() -> None:
     loopback = next((name for name in ("lo", "lo0") if name in names), None)
     if loopback:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+
+
+def leave(failed: bool) -> None:
+    """Leave the process group, at the end of a run or because it failed.
+
+    A rank that failed leaves NCCL's to the end of its process: destroying it waits for collectives in which the other
+    ranks wait for this one, and hides the error until the time limit.
+    """
+    if dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
+        dist.destroy_process_group()
 
 
 def inherit_timeout(groups: Iterable[dist.ProcessGroup], device: torch.device) -> None:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from megasp import log, parallel_state, verify_order
-from megasp.config.context_parallel import RING_MODES
 from megasp.config.flags import flag
 from megasp.config.layout import Layout
 from megasp.config.load import load, parser, to_yaml
@@ -170,7 +169,6 @@ def in_layout(config: Config, layout: Layout) -> Config:
 
     A layout without a ZeRO stage keeps the configuration's.
     """
-    comm = config.parallel.cp_comm_type
     no_pipeline: dict[str, Any] = dict.fromkeys(PIPELINE_FIELDS) if layout.pp == 1 else {}
     zero = layout.zero or config.parallel.zero_stage
     parallel = dataclasses.replace(
@@ -180,7 +178,8 @@ def in_layout(config: Config, layout: Layout) -> Config:
         ulysses_size=layout.ulysses,
         ring_size=layout.ring,
         context_parallel_size=None,
-        cp_comm_type=comm if comm in RING_MODES and layout.ring > 1 else None,
+        nproc_per_node=None,
+        cp_comm_type=config.parallel.cp_comm_type if layout.ring > 1 else None,
         ulysses_head_chunks=config.parallel.ulysses_head_chunks if layout.ulysses > 1 else 1,
         sequence_parallel=config.parallel.sequence_parallel and layout.tp > 1,
         data_parallel_sharding_strategy=SHARDING_STRATEGIES[zero],
@@ -231,7 +230,7 @@ def _train(config: Config, layout: Layout, steps: int, dtype: str) -> tuple[list
             losses.append(accumulate_gradients(training, loader.step())[0])
             gradients += [item for p in masters for item in _boxes(step, p, p.grad)]
             apply_gradients(training, learning_rate(step, config.optimizer, config.train_steps(layout)))
-    return losses, gradients, [item for p in masters for item in _boxes(0, p, p.data)]
+    return losses, gradients, [item for p in training.optimizer.masters for item in _boxes(0, p, p.data)]
 
 
 def _boxes(label: int, parameter: nn.Parameter, values: Tensor | None) -> Held:

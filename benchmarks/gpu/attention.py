@@ -5,12 +5,13 @@
 First every kernel that this machine has does blocks of every kind, packed documents, and merged windows, forward and
 backward, in bf16, against fp32 mathematics: the largest error relative to the largest value (bf16 rounds at 4e-3). Then
 TFLOP/s of causal attention, forward and backward: of the kernel on one rank, and of one rank's share of each mode, with
-that many tokens on each of 8 ranks and messages that a fake process group delivers at once. Without a CUDA device it
-says so and ends.
+that many tokens on each of 8 ranks and messages that a fake process group delivers at once. Exit status 1 where a
+kernel is wrong. Without a CUDA device it says so and ends.
 """
 
 import argparse
 import itertools
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -54,19 +55,21 @@ def results(tensors: list[Tensor], work: Work, name: str) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, qkv, dout)]
 
 
-def check(name: str, a: argparse.Namespace) -> None:
-    """Errors of a kernel where a shard has two ranges, as in a ring."""
+def check(name: str, a: argparse.Namespace) -> bool:
+    """Errors of a kernel where a shard has two ranges, as in a ring; whether they are of rounding."""
+    right = True
     tensors = inputs(512, 2, a)
     for title, (mask, documents) in CHECKS.items():
         work = Work((((0, 256), (300, 556)),), mask, documents)
         want = results([x.detach().float() for x in tensors], work, "unfused")
         got = results([x.detach() for x in tensors], work, name)
-        errors = [float((x - y).abs().max() / y.abs().max()) for x, y in zip(got, want, strict=True)]
-        report(name, title, errors)
+        right &= report(name, title, got, want)
+    return right
 
 
-def check_sparse(a: argparse.Namespace) -> None:
+def check_sparse(a: argparse.Namespace) -> bool:
     """FlexAttention by a mask function against the same in tiles of the mathematics, fp32, on the CPU."""
+    right = True
 
     def strided(head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & ((query - key < 100) | (key % 7 == head % 7))
@@ -82,13 +85,17 @@ def check_sparse(a: argparse.Namespace) -> None:
 
         want = both([x.detach().float().cpu() for x in tensors])
         got = both([x.detach() for x in tensors])
-        errors = [float((x.cpu() - y).abs().max() / y.abs().max()) for x, y in zip(got, want, strict=True)]
-        report("flex", title, errors)
+        right &= report("flex", title, [x.cpu() for x in got], want)
+    return right
 
 
-def report(name: str, title: str, errors: list[float]) -> None:
+def report(name: str, title: str, got: list[Tensor], want: list[Tensor]) -> bool:
+    """Print the errors of out, dq, dk and dv; whether they are of rounding."""
+    errors = [float((x - y).detach().abs().max() / y.detach().abs().max()) for x, y in zip(got, want, strict=True)]
+    right = all(error < 2e-2 for error in errors)  # NaN is not
     shown = " ".join(f"{part} {error:.1e}" for part, error in zip(("out", "dq", "dk", "dv"), errors, strict=True))
-    print(f"{name:14} {title:26} {shown}  {'ok' if max(errors) < 2e-2 else 'WRONG'}")
+    print(f"{name:14} {title:26} {shown}  {'ok' if right else 'WRONG'}")
+    return right
 
 
 def milliseconds(run: Callable[[], object], repeats: int = 10) -> float:
@@ -137,7 +144,7 @@ def speed_of_mode(name: str, mode: str, length: int, a: argparse.Namespace, devi
         dist.destroy_process_group()
 
 
-def main() -> None:
+def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seq-lengths", type=int, nargs="+", default=[4096, 16384, 65536])
     for option, default in {"heads": 32, "kv-heads": 8, "head-dim": 128, "ranks": 8}.items():
@@ -145,17 +152,16 @@ def main() -> None:
     a = p.parse_args()
     if not torch.cuda.is_available():
         print("skipped: this machine has no CUDA device")
-        return
+        return 0
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, bf16")
     names = [name for name, here, _ in available() if here and "bfloat16" in ATTENTION_KERNELS[name].devices["cuda"]]
-    for name in names:
-        check(name, a)
-    check_sparse(a)
+    right = [*(check(name, a) for name in names), check_sparse(a)]
     for name, length in itertools.product((name for name in names if name != "unfused"), a.seq_lengths):
         speed(name, length, a)
         for mode in MODES:
             speed_of_mode(name, mode, a.ranks * length, a)
+    return 0 if all(right) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -98,7 +98,7 @@ def _stored(directory: Path, family: Family) -> tuple[dict[str, Stored], dict[st
     for file in dict.fromkeys(weight_map.values()):
         path = inside(directory, file)
         try:
-            files[file] = StoredFile(path.stat().st_size, "")
+            files[file] = StoredFile(path.stat().st_size)
             with safe_open(path, "pt") as opened:
                 for key in opened.keys():  # noqa: SIM118
                     header = opened.get_slice(key)

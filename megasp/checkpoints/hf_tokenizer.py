@@ -68,11 +68,22 @@ def write_tokenizer(
         if (home / OWN_CONFIG).is_file():  # it came from a model of Hugging Face's
             _copy_beside(home, folder)
         shutil.copyfile(path, folder / SENTENCEPIECE)
+        if _normalizes(tokenizer):
+            log.warning(
+                f"{path} normalizes text before it encodes it, and transformers' LlamaTokenizer does not: ids of "
+                "repeated spaces or of compatibility characters will differ there"
+            )
         config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "legacy": False}
         _write_config(folder, home, config | {"model_max_length": length})
     else:
         log.info(f"no tokenizer is written: transformers reads none of the kind {kind}")
     return tokenizer.eod
+
+
+def _normalizes(tokenizer: Tokenizer) -> bool:
+    """Whether it takes repeated spaces, or a full-width letter, for the plain ones."""
+    spaces, space, wide, plain = (ids.tolist() for ids in tokenizer.encode_batch(["a  b", "a b", "\uff21", "A"]))
+    return spaces == space or wide == plain
 
 
 def _copy_beside(home: Path, folder: Path) -> None:

@@ -86,7 +86,7 @@ def to_hf(
         if not (folder / GENERATION).is_file():
             _write_json(folder / GENERATION, {"_from_model_config": True} | ids)
         entries = [Entry(t.key, torch_dtype, t.shape, partial(_read, reader, t, torch_dtype)) for t in stacked]
-        files = write_files(folder, entries, shard_bytes)
+        files = write_files(folder, entries, shard_bytes, hashed=False)
         if len(files) > 1:
             weight_map = {key: file for file, (part, _) in files.items() for key in part}
             total = sum(entry.nbytes for entry in entries)

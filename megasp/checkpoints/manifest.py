@@ -6,16 +6,17 @@
 
 The manifest is JSON:
 
-    {"format": "megasp-checkpoint", "version": 1, "step": 100, "layout": "tp2-pp1-u1-r1-dp1",
+    {"format": "megasp-checkpoint", "version": 2, "step": 100, "layout": "tp2-pp1-u1-r1-dp1",
      "metadata": {"config": {...}, ...},
-     "files": {"rank_00000.safetensors": {"bytes": 4096, "sha256": "...", "checksums": {"model/layers.0...": "..."}}},
+     "files": {"rank_00000.safetensors": {"bytes": 4096, "header": "...", "tensors": {"model/layers.0...": "..."}}},
      "tensors": {"model/layers.0.attention.q.weight": {"dtype": "F32", "shape": [32, 16], "boxes": [
          {"start": [0, 0], "size": [16, 16], "file": "rank_00000.safetensors", "key": "model/layers.0..."}, ...]}, ...},
      "sha256": "..."}
 
-The boxes of a tensor tile it: each element stands in exactly one of them. A file's hash is that of all its bytes (as
-`sha256sum` prints it); the checksums tell which tensor of a damaged file is. `sha256` is that of the other fields as
-`json.dumps` prints them, so the manifest is as safe against damage as the files are. Nothing in the format is pickled.
+The boxes of a tensor tile it: each element stands in exactly one of them. Of a file there is the SHA-256 of its header
+(with the length before it) and of each tensor in it: together every byte. `sha256` is that of the manifest's text
+without it, so the manifest is as safe against damage as the files are. Nothing in the format is pickled.
+Version 1 had the SHA-256 of a file's bytes in one, `sha256`, in the place of `header` and `tensors`; it is read.
 """
 
 import hashlib
@@ -33,8 +34,10 @@ from megasp.checkpoints.safetensors_file import StoredFile
 from megasp.errors import CheckpointError
 from megasp.parameters import Box, Piece
 
-FORMAT, VERSION = "megasp-checkpoint", 1
+FORMAT, VERSION, READ_VERSIONS = "megasp-checkpoint", 2, (1, 2)
 MANIFEST, LATEST = "manifest.json", "latest"
+HASH_FOLLOWS = ', "sha256": "'
+"""Ends the manifest, with the SHA-256 of the text up to here and `}`, and `"}`."""
 _DIRECTORY = re.compile(r"step_(\d{8,})(\.replaced)?")
 
 
@@ -116,10 +119,14 @@ class Manifest:
             "step": self.step,
             "layout": self.layout,
             "metadata": self.metadata,
-            "files": {name: asdict(file) for name, file in self.files.items()},
+            "files": {
+                name: {fact: value for fact, value in asdict(file).items() if value}
+                for name, file in self.files.items()
+            },
             "tensors": tensors,
         }
-        return json.dumps(document | {"sha256": _fingerprint(json.dumps(document))})
+        text = json.dumps(document)
+        return text[:-1] + HASH_FOLLOWS + _fingerprint(text) + '"}'
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
@@ -131,15 +138,17 @@ class Manifest:
         document = json.loads(text)
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ValueError(f"it does not say format {FORMAT}")
-        if document.get("version") != VERSION:
-            raise ValueError(f"it has version {document.get('version')} and this megasp reads version {VERSION}")
-        if document.pop("sha256", None) != _fingerprint(json.dumps(document)):
+        if document.get("version") not in READ_VERSIONS:
+            known = " and ".join(map(str, READ_VERSIONS))
+            raise ValueError(f"it has version {document.get('version')} and this megasp reads versions {known}")
+        before, _, after = text.rpartition(HASH_FOLLOWS)
+        if after != _fingerprint(before + "}") + '"}':
             raise ValueError("its content does not match its own hash")
         tensors = {
             name: StoredTensor(entry["dtype"], tuple(entry["shape"]), tuple(map(_stored_box, entry["boxes"])))
             for name, entry in document["tensors"].items()
         }
-        files = {name: StoredFile(**file) for name, file in document["files"].items()}
+        files = {name: _stored_file(file) for name, file in document["files"].items()}
         outside = [name for name in files if Path(name).name != name]
         if outside:
             raise ValueError(f"its file {outside[0]} is not inside the checkpoint's directory")
@@ -148,6 +157,11 @@ class Manifest:
 
 def _stored_box(entry: Mapping[str, Any]) -> StoredBox:
     return StoredBox(Box(tuple(entry["start"]), tuple(entry["size"])), entry["file"], entry["key"])
+
+
+def _stored_file(entry: Mapping[str, Any]) -> StoredFile:
+    """Version 1 had sums of the tensors' words beside the hash, which are not looked at."""
+    return StoredFile(**{name: value for name, value in entry.items() if name != "checksums"})
 
 
 def _fingerprint(text: str) -> str:

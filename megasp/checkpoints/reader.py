@@ -5,11 +5,9 @@
     rank 1  rows 12..24        rank 1  rows  8..16    from rank_00000 and rank_00001
                                rank 2  rows 16..24    from rank_00001
 
-Only what is needed is read, straight into its place; a file that is read is checked against its hash first.
+Only what is needed is read, straight into its place; a file that is read is checked against its hashes first.
 """
 
-import hashlib
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -22,7 +20,7 @@ from torch import Tensor
 
 from megasp import log
 from megasp.checkpoints.manifest import Manifest, Shard, StoredBox, StoredTensor, read_manifest, resolve
-from megasp.checkpoints.safetensors_file import DTYPES
+from megasp.checkpoints.safetensors_file import DTYPES, problem
 from megasp.config.flags import build, option_string
 from megasp.config.load import todays_names
 from megasp.config.schema import ModelConfig
@@ -68,7 +66,7 @@ class CheckpointReader:
 
     Args:
         directory: of one checkpoint.
-        verify_hashes: read every file that is opened once more, before, to check its SHA-256.
+        verify_hashes: read every file that is opened once more, before, to check its hashes.
         manifest: of the directory, if it has no `manifest.json` of its own.
     """
 
@@ -142,21 +140,13 @@ class CheckpointReader:
             return self._files[name]
 
     def _check(self, name: str) -> None:
-        """Compare a file with the manifest: it exists, has its size and, if asked for, its hash."""
+        """Compare a file with the manifest: it exists, has its size and, if asked for, its hashes."""
         expected = self.manifest.files.get(name)
         if expected is None:
             raise self._damaged(name, "is not in the manifest's list of files")
-        try:
-            with (self.directory / name).open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != expected.bytes:
-                    raise self._damaged(name, f"has {size} bytes where the manifest says {expected.bytes}")
-                if self.verify_hashes and hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
-                    raise self._damaged(name, "does not have the SHA-256 that the manifest says")
-        except FileNotFoundError:
-            raise self._damaged(name, "is missing") from None
-        except OSError as error:
-            raise self._damaged(name, f"cannot be read ({error.strerror})") from None
+        what = problem(self.directory / name, expected, self.verify_hashes)
+        if what:
+            raise self._damaged(name, what)
 
     def _damaged(self, name: str, what: str) -> CheckpointError:
         rule = "every file must be as it was written"

@@ -1,9 +1,7 @@
 """What conversion writes: whole tensors in files of a limited size, and maybe a checkpoint of ours around them."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,6 +22,7 @@ from megasp.checkpoints.manifest import (
     directory_name,
 )
 from megasp.checkpoints.safetensors_file import DTYPE_NAMES, Entry, StoredFile
+from megasp.checkpoints.writer import sync_directory, write_text
 from megasp.errors import CheckpointError
 from megasp.parameters import Box
 
@@ -53,28 +52,29 @@ def write_checkpoint(
         box = Box((0,) * len(entry.shape), entry.shape)
         stored = StoredBox(box, places[entry.key], entry.key)
         tensors[entry.key] = StoredTensor(DTYPE_NAMES[entry.dtype], entry.shape, (stored,))
-    (directory / MANIFEST).write_text(Manifest(step, layout, metadata, tensors, files).to_json())
-    (folder / LATEST).write_text(directory.name + "\n")
+    write_text(directory / MANIFEST, Manifest(step, layout, metadata, tensors, files).to_json())
+    write_text(folder / LATEST, directory.name + "\n")
+    sync_directory(directory)
 
 
-def write_files(folder: Path, entries: Sequence[Entry], shard_bytes: int) -> dict[str, tuple[list[str], StoredFile]]:
+def write_files(
+    folder: Path, entries: Sequence[Entry], shard_bytes: int, hashed: bool = True
+) -> dict[str, tuple[list[str], StoredFile]]:
     """Write tensors into files of at most `shard_bytes`, some at a time. Returns the keys in each, and what it is."""
-    files = _split(entries, shard_bytes)
     total = sum(entry.nbytes for entry in entries)
-    with log.progress(None, "converting", total, "B") as bar, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with log.progress(None, "converting", total, "B") as bar:
 
         def counted(read: Callable[[], Tensor]) -> Tensor:
             tensor = read()
             bar.update(tensor.nbytes)
             return tensor
 
-        def put(file: str) -> StoredFile:
-            entries = [replace(entry, read=partial(counted, entry.read)) for entry in files[file]]
-            return safetensors_file.write(folder / file, entries)
-
-        written = list(pool.map(put, files))
-    keys = ([entry.key for entry in entries] for entries in files.values())
-    return dict(zip(files, zip(keys, written, strict=True), strict=True))
+        written = {}
+        for file, part in _split(entries, shard_bytes).items():
+            counting = [replace(entry, read=partial(counted, entry.read)) for entry in part]
+            stored = safetensors_file.write(folder / file, counting, hashed)
+            written[file] = [entry.key for entry in part], stored
+        return written
 
 
 def _split(entries: Sequence[Entry], shard_bytes: int) -> dict[str, list[Entry]]:
@@ -108,7 +108,9 @@ def appearing(output: Path, flag: str) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         yield unfinished
+        sync_directory(unfinished)
         unfinished.rename(output)
+        sync_directory(output.parent)
     except OSError as error:
         rule = f"the directory must be writable ({error.strerror}: {error.filename or output})"
         fix = "name a directory of your own, or free some space"

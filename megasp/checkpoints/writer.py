@@ -189,16 +189,16 @@ def _publish(partial: Path, final: Path, manifest: Manifest) -> None:
         path = partial / name
         if not path.is_file() or path.stat().st_size != file.bytes:
             raise OSError(0, "another rank's file is not here, so --save is not on a shared file system", str(path))
-    _write_text(partial / MANIFEST, manifest.to_json())
-    _write_text(partial / LATEST, final.name + "\n")
-    _sync_directory(partial)
+    write_text(partial / MANIFEST, manifest.to_json())
+    write_text(partial / LATEST, final.name + "\n")
+    sync_directory(partial)
     replaced = final.with_name(final.name + ".replaced")
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     partial.rename(final)
     (final / LATEST).replace(final.parent / LATEST)
-    _sync_directory(final.parent)
+    sync_directory(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -216,14 +216,15 @@ def _remove_old(root: Path, saved: int, retention: Retention) -> None:
                 log.warning(f"{directory} cannot be removed ({error.strerror}): some of it stays")
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file and make its content durable."""
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     """Make durable which names are in a directory."""
     directory = os.open(path, os.O_RDONLY)
     try:

@@ -1,6 +1,8 @@
 """The rules of a layout: ranks that the axes multiply up to, and what each axis must divide."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 from megasp.config.context_parallel import split_context
 from megasp.config.heads import most_chunks
@@ -28,7 +30,7 @@ def layout_of(config: Config, world_size: int) -> Layout:
             f"tensor {tp} x pipeline {pp} x Ulysses {context.ulysses} x ring {context.ring} = {ranks} "
             f"on {world_size} ranks",
             "the product must divide the number of ranks",
-            f"start {nearest(world_size, lambda n: n % ranks == 0)} ranks, or change a size",
+            f"start {nearest(world_size, lambda n: n % ranks == 0)} ranks, or {_other_size(config, world_size)}",
         )
     dp, outer = world_size // ranks, parallel.num_distributed_optimizer_instances
     if dp % outer:
@@ -38,6 +40,28 @@ def layout_of(config: Config, world_size: int) -> Layout:
             f"use {nearest(outer, lambda n: dp % n == 0, dp + 1)}",
         )
     return Layout(pp, outer, dp // outer, context.ring, context.ulysses, tp, parallel.zero_stage)
+
+
+def _other_size(config: Config, world_size: int) -> str:
+    """The nearest sizes of one axis that suit so many ranks and pass the other rules, as what to do."""
+    for name in ("ring_size", "ulysses_size", "context_parallel_size", "tensor_model_parallel_size"):
+
+        def works(size: int, name: str = name) -> bool:
+            if world_size % size:
+                return False
+            changed: dict[str, Any] = {name: size}
+            other = replace(config, parallel=replace(config.parallel, **changed))
+            try:
+                check_splits(other, layout_of(other, world_size))
+            except ConfigError:
+                return False
+            return True
+
+        given = getattr(config.parallel, name) or 1
+        sizes = nearest(given, works, world_size + 1) if given > 1 and world_size % given else ""
+        if sizes:
+            return f"use --{name.replace('_', '-')} {sizes}"
+    return "change a size"
 
 
 def check_splits(config: Config, layout: Layout) -> None:

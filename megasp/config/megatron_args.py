@@ -10,7 +10,9 @@ from dataclasses import fields
 from typing import Any
 
 from megasp.config.flags import build
+from megasp.config.ranges import check_ranges
 from megasp.config.schema import Config, DataConfig, LossScaleConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from megasp.config.validate import check_model
 from megasp.errors import CheckpointError
 
 GROUPS: dict[str, type] = {
@@ -94,15 +96,16 @@ _NOTHING = {"lr_warmup_samples": (0,), "weight_decay_incr_style": ("constant",)}
 """Their values that ask for nothing (None never does)."""
 
 
-def config_of(args: Mapping[str, Any], model: Mapping[str, Any], rows: int) -> tuple[Config, list[str]]:
+def config_of(args: Mapping[str, Any], given: Mapping[str, Any], rows: int) -> tuple[Config, list[str]]:
     """The configuration of a run, and what of its settings is not in it.
 
     Args:
         args: of the checkpoint; nothing where it keeps none.
+        given: fields of the configuration that the user gave; they win.
         rows: of its embedding.
-        model: fields of `ModelConfig` that the user gave; they win.
     Raises:
         CheckpointError: a model that megasp does not compute.
+        ConfigError: sizes that cannot be, or do not go together.
     """
     for name, served in SERVED.items():
         if args.get(name) is not None and args[name] not in served:
@@ -123,10 +126,15 @@ def config_of(args: Mapping[str, Any], model: Mapping[str, Any], rows: int) -> t
         values["data_order"] = "megatron"
     if values.get("reset_position_ids") or values.get("reset_attention_mask"):
         values["eod_starts_document"] = True  # its only rule
-    values |= {**_vocabulary(args, rows), **model}
+    if values.get("position_embedding_type") != "rope":  # what they are, Megatron-LM keeps all the same
+        values = {name: value for name, value in values.items() if not name.startswith("rotary_")}
+    values |= {**_vocabulary(args, rows), **given}
     if values.get("num_query_groups"):
         values["group_query_attention"] = True
     config = Config(**{name: build(group, values) for name, group in GROUPS.items()})
+    model = Config(model=config.model, training=TrainingConfig(seq_length=1), optimizer=OptimizerConfig(lr=1.0))
+    check_ranges(model)  # the rest is checked where the run goes on
+    check_model(model)
     return config, list(_notes(args, values))
 
 

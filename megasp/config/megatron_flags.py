@@ -62,6 +62,14 @@ _ACCEPTED: tuple[tuple[int, str, str], ...] = (
     (0, "they are in fp32 unless --grad-reduce-in-bf16 is given", "--accumulate-allreduce-grads-in-fp32"),
     (0, "the softmax of attention is always computed in fp32", "--attention-softmax-in-fp32"),
     (0, "the loss is always the mean over the global batch's target tokens", "--calculate-per-token-loss"),
+    (
+        0,
+        "master weights and moments are fp32, which are its defaults, too",
+        "--use-precision-aware-optimizer",
+    ),
+    # Offloading
+    (0, "copies always overlap the step on the host, bucket by bucket", "--overlap-cpu-optimizer-d2h-h2d"),
+    (0, "the step on the host is always PyTorch's fused AdamW", "--use-torch-optimizer-for-cpu-offload"),
     (0, "the loss scale of --fp16 is always in the metrics", "--no-log-loss-scale-to-tensorboard"),
     # Kernels and the model's implementation
     (0, "flash attention runs wherever it can", "--use-flash-attn --use-flash-attn-v2"),

@@ -23,7 +23,7 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
     ),
     (
         "optimizer states and master weights are always fp32, and gradients unless --grad-reduce-in-bf16 is given",
-        "--use-precision-aware-optimizer --main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype",
+        "--main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype",
     ),
     # Sharding of the optimizer and of the weights
     (
@@ -89,9 +89,13 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--activations-checkpoint-num-layers",
     ),
     (
-        "of offloading to the host's memory that of activations is built: use --cpu-offloading-activations",
-        "--cpu-offloading --optimizer-cpu-offload --optimizer-offload-fraction "
-        "--use-torch-optimizer-for-cpu-offload --overlap-cpu-optimizer-d2h-h2d --no-pin-cpu-grads --no-pin-cpu-params",
+        "each kind of offloading has its own flag: --cpu-offloading-activations, --optimizer-cpu-offload, "
+        "--cpu-offloading-weights",
+        "--cpu-offloading",
+    ),
+    (
+        "what travels between host and device is in pinned memory, a bucket of it at a time",
+        "--no-pin-cpu-grads --no-pin-cpu-params",
     ),
     (
         "CUDA graphs are not built yet",

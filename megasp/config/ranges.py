@@ -37,8 +37,8 @@ RANGES: dict[str, Range] = {
         (
             *REQUIRED[:-1], "ffn_hidden_size", "num_query_groups", "kv_channels", "max_position_embeddings",
             "vocab_size", "make_vocab_size_divisible_by", "tensor_model_parallel_size", "pipeline_model_parallel_size",
-            "context_parallel_size", "ulysses_size", "ulysses_head_chunks", "ring_size", "micro_batch_size",
-            "global_batch_size",
+            "context_parallel_size", "nproc_per_node", "ulysses_size", "ulysses_head_chunks", "ring_size",
+            "micro_batch_size", "global_batch_size",
             "train_iters", "train_samples", "eval_interval", "log_interval", "exit_interval", "save_interval",
             "lr_decay_iters", "lr_wsd_decay_iters", "keep_last", "keep_every", "original_max_position_embeddings",
             "num_distributed_optimizer_instances", "loss_scale_window", "hysteresis", "recompute_num_layers",
@@ -65,6 +65,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("adam_beta1", "adam_beta2"), DECAY),
     "lr_warmup_fraction": Range("between 0 and 1", 0, 1),
     "rotary_percent": SHARE,
+    "optimizer_offload_fraction": SHARE,
     "rotary_scaling_factor": Range("at least 1", 1),
 }  # fmt: skip
 

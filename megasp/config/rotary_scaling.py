@@ -1,11 +1,19 @@
-"""What --rotary-scaling needs, by kind."""
+"""What --rotary-scaling needs, by kind; and what nothing needs where no position rotates."""
 
 from megasp.config.model import ModelConfig
 from megasp.errors import ConfigError
 
 
 def check_rotary_scaling(model: ModelConfig) -> None:
-    """Refuse a scaling without what it needs, or with what it would ignore."""
+    """Refuse a scaling without what it needs, or with what it would ignore; and rotary options without rope."""
+    for name in ("rotary_base", "rotary_percent"):
+        value, flag = getattr(model, name), f"--{name.replace('_', '-')}"
+        if model.position_embedding_type != "rope" and value != getattr(ModelConfig, name):
+            raise ConfigError(
+                f"{flag} {value:g} with position-embedding-type {model.position_embedding_type}",
+                "it is of rotary positions",
+                f"add --position-embedding-type rope, or leave {flag} out",
+            )
     if model.rotary_scaling is None:
         return
     got = f"--rotary-scaling {model.rotary_scaling}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from megasp.config.batch_schedule import BatchSchedule
 from megasp.config.flags import flag
+from megasp.config.host_offload import HostOffloadConfig
 from megasp.config.layout import Layout
 from megasp.config.loss_scale import LossScaleConfig
 from megasp.config.model import ModelConfig
@@ -42,8 +43,11 @@ class ParallelConfig:
     cp_comm_type: str | None = flag(
         None,
         "how they exchange: a2a is Ulysses, p2p, all_gather and lightseq are ways of the ring's ranks, a2a+p2p is "
-        "Ulysses x ring; with --context-parallel-size alone the split that sends least is chosen",
+        "Ulysses x ring; with --context-parallel-size alone the split that sends least over slow links is chosen",
         choices=("a2a", "p2p", "all_gather", "lightseq", "a2a+p2p"),
+    )
+    nproc_per_node: int | None = flag(
+        None, "ranks of a node, torchrun's without it; that choice counts bytes between nodes for more"
     )
     ulysses_size: int | None = flag(
         None, "ranks of Ulysses sequence parallelism (all-to-all between sequence and heads)"
@@ -263,6 +267,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     loss_scaling: LossScaleConfig = field(default_factory=LossScaleConfig)
     activations: ActivationConfig = field(default_factory=ActivationConfig)
+    offload: HostOffloadConfig = field(default_factory=HostOffloadConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

@@ -3,8 +3,10 @@
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from megasp.config.layout_string import parse
+from megasp.config.pipeline import PipelinePlan
 from megasp.config.schema import Config, ModelConfig
 from megasp.errors import ConfigError
 
@@ -39,26 +41,34 @@ def split(config: Config) -> list[Stage]:
     Raises:
         ConfigError: the layers cannot be split as the flags say.
     """
-    parallel, model = config.parallel, config.model
-    number = config.pipeline.stages
-    costs = _costs(model, config.training.seq_length)
+    parallel = config.parallel
     ends = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
-    if parallel.pipeline_model_parallel_layout is not None:
+    layout = parallel.pipeline_model_parallel_layout
+    return list(_split(config.model, config.training.seq_length, config.pipeline, layout, ends))
+
+
+@cache  # a search for a layout asks tens of thousands of times
+def _split(
+    model: ModelConfig, seq_length: int, plan: PipelinePlan, layout: str | None, ends: tuple[int | None, int | None]
+) -> tuple[Stage, ...]:
+    number, costs = plan.stages, _costs(model, seq_length)
+    if layout is not None:
         if ends != (None, None):
             raise ConfigError(
                 "--pipeline-model-parallel-layout and --decoder-first/last-pipeline-num-layers",
                 "both say which layers are where",
                 "leave one out",
             )
-        counts = parse(parallel.pipeline_model_parallel_layout, model.num_layers)
+        counts = parse(layout, model.num_layers)
     else:
-        counts = _balanced(model.num_layers, number, ends, costs, config.pipeline.chunks)
+        counts = _balanced(model.num_layers, number, ends, costs, plan.chunks)
     starts = [sum(counts[:stage]) for stage in range(number)]
     work = [_cost(stage, number, counts[stage], costs) for stage in range(number)]
-    return [
-        Stage(stage, range(start, start + count), stage == 0, stage == number - 1, cost / sum(work))
+    total = sum(work)
+    return tuple(
+        Stage(stage, range(start, start + count), stage == 0, stage == number - 1, cost / total)
         for stage, (start, count, cost) in enumerate(zip(starts, counts, work, strict=True))
-    ]
+    )
 
 
 Costs = tuple[float, float, float]

@@ -3,9 +3,7 @@
 `validate(config, world_size)` raises one `ConfigError`: what was given, the rule, the nearest values that work.
 """
 
-import dataclasses
-
-from megasp.config import activation_memory, stages
+from megasp.config import activation_memory, host_offload, stages
 from megasp.config.data_rules import check_data
 from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
@@ -26,7 +24,7 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
         device: "cpu" or "cuda", where it will run.
     """
     check_ranges(config)
-    _model(config)
+    check_model(config)
     layout = layout_of(config, world_size)
     check_splits(config, layout)
     check_sharding(config)
@@ -37,10 +35,12 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
     _ignored(config)
     _attention_kernel(config, device)
     activation_memory.check(config, layout, device)
+    host_offload.check(config, device)
     return layout
 
 
-def _model(config: Config) -> None:
+def check_model(config: Config) -> None:
+    """Refuse a model whose sizes do not go together."""
     model = config.model
     heads, kv_heads = model.num_attention_heads, model.kv_heads
     if model.kv_channels is None and model.hidden_size % heads:
@@ -175,6 +175,7 @@ NEEDED = {
     "exit_on_save_error": ("save", None),
     "rotary_scaling_factor": ("rotary_scaling", None),
     "original_max_position_embeddings": ("rotary_scaling", None),
+    "nproc_per_node": ("context_parallel_size", None),
     "tokenizer_model": ("tokenizer_type", None),
     "vocab_file": ("tokenizer_type", None),
     "merge_file": ("tokenizer_type", None),
@@ -185,7 +186,7 @@ NEEDED = {
 
 def _ignored(config: Config) -> None:
     """Refuse options that would silently do nothing."""
-    values = {name: value for group in dataclasses.asdict(config).values() for name, value in group.items()}
+    values = {name: value for group in vars(config).values() for name, value in vars(group).items()}
     for name, (needed, wanted) in NEEDED.items():
         there = values[needed]
         if values[name] and (there is None if wanted is None else there != wanted):

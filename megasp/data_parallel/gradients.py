@@ -15,11 +15,14 @@ BUCKET_BYTES = 64 * 2**20
 """Most that travels at a time."""
 
 
-def sum_partial_(parameters: Sequence[nn.Parameter], axis: Axis) -> None:
+def sum_partial_(parameters: Sequence[nn.Parameter], axis: Axis, device: torch.device | None = None) -> None:
     """Sum the gradients of pieces that several tensor-parallel ranks hold and each knows only in part, in place.
 
     Norm weights and biases under sequence parallelism are held by all ranks of the axis; the weights of a kv head,
     where there are fewer of them than ranks, by some neighbours.
+
+    Args:
+        device: where to sum; that of the gradients without it.
     """
     partial = [(view, piece) for p in parameters for view, piece in _views(p) if piece.partial]
     for (replicas, _), items in itertools.groupby(sorted(partial, key=_kind), _kind):
@@ -27,7 +30,7 @@ def sum_partial_(parameters: Sequence[nn.Parameter], axis: Axis) -> None:
         first = axis.rank // replicas * replicas
         peers = [rank for rank in range(first, first + replicas) if rank != axis.rank]
         for bucket in _buckets(views):
-            flat = torch.cat([view.flatten() for view in bucket])
+            flat = torch.cat([view.flatten() for view in bucket]).to(device)
             total = all_reduce_(flat, axis) if replicas == axis.size else _sum_over(flat, peers, axis)
             for view, part in zip(bucket, total.split([view.numel() for view in bucket]), strict=True):
                 view.copy_(part.view_as(view))
@@ -60,19 +63,20 @@ def _sum_over(x: Tensor, peers: Sequence[int], axis: Axis) -> Tensor:
     return first
 
 
-def sum_tied_(copies: Sequence[nn.Parameter], ends: Axis) -> None:
+def sum_tied_(copies: Sequence[nn.Parameter], ends: Axis, device: torch.device | None = None) -> None:
     """Sum the gradient of a tied embedding over its copies on the first and the last pipeline stage, in place.
 
     Args:
         copies: those of this rank; two where one rank holds both stages.
         ends: the ranks of the first and the last stage, where they are two.
+        device: where to sum; that of the gradients without it.
     """
     grads = [p.grad for p in copies if p.grad is not None]
     if len(grads) == 2:
         grads[0].add_(grads[1])
         grads[1].copy_(grads[0])
     elif grads:
-        all_reduce_(grads[0], ends)
+        grads[0].copy_(all_reduce_(grads[0].to(device), ends))
 
 
 def _views(parameter: nn.Parameter) -> list[tuple[Tensor, Piece]]:
@@ -96,7 +100,7 @@ def global_norm(
     owned = [view for p in parameters for view, piece in _views(p) if piece.replica == 0]
     rows = [torch.linalg.vector_norm(view, dim=-1).double().square_().sum() for view in owned]
     device = device or parameters[0].device
-    squares = torch.stack(rows).sum() if rows else torch.zeros((), dtype=torch.float64, device=device)
+    squares = torch.stack(rows).sum().to(device) if rows else torch.zeros((), dtype=torch.float64, device=device)
     for axis in model_axes:
         all_reduce_(squares, axis)
     return squares.sqrt()

@@ -10,6 +10,8 @@ Where nothing is to be reduced and the compute dtype is the master's, there is n
 puts them.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,8 @@ class Replicas:
     """The training state of a model that every rank of `axis` holds whole.
 
     `masters` are the parameters that the optimizer steps: the model's own, or fp32 copies of lower-precision ones. Each
-    carries its `pieces`, and after `finish` its gradient.
+    carries its `pieces`, and after `finish` its gradient, fp32 or wider. Where the optimizer has masters of its own on
+    the host they are the model's own in any case, and it leaves the new values there.
 
         for i, batch in enumerate(microbatches):
             replicas.begin_microbatch(last=i == len(microbatches) - 1)
@@ -38,6 +41,7 @@ class Replicas:
         axis: the ranks over which gradients are summed.
         gradient_dtype: of accumulation and reduction; fp32 or wider without it.
         widen: gradients of a microbatch are made in it, too, and not in the compute dtype.
+        host_share: share of the parameters whose masters are on the host, as `on_host` chooses them.
 
     Attributes:
         shard_axis: the ranks that share out what a rank holds of the model: this one alone.
@@ -45,14 +49,23 @@ class Replicas:
     """
 
     def __init__(
-        self, model: nn.Module, axis: Axis, gradient_dtype: torch.dtype | None = None, widen: bool = False
+        self,
+        model: nn.Module,
+        axis: Axis,
+        gradient_dtype: torch.dtype | None = None,
+        widen: bool = False,
+        host_share: float = 0.0,
     ) -> None:
         self.axis, self.gradient_dtype, self.widen = axis, gradient_dtype, widen
         self.shard_axis, self.owner = Axis("dp_cp"), axis.rank == 0
         self.parameters = list(model.parameters())
-        self.masters = [_master(parameter) for parameter in self.parameters]
+        away = on_host(self.parameters, host_share)
+        self.masters = [
+            _own(parameter) if there else _master(parameter)
+            for parameter, there in zip(self.parameters, away, strict=True)
+        ]
         self._buckets: list[_Bucket] = []
-        if axis.size > 1 or any(master is not parameter for master, parameter in self._pairs):
+        if axis.size > 1 or any(p.dtype != master_dtype(p.dtype) for p in self.parameters):
             self._make_buckets()
 
     @property
@@ -95,6 +108,22 @@ def master_dtype(compute: torch.dtype) -> torch.dtype:
     return torch.promote_types(compute, torch.float32)
 
 
+def on_host(parameters: Sequence[nn.Parameter], share: float) -> list[bool]:
+    """Of which parameters the masters are on the host: the first ones that hold at least `share` of all elements."""
+    left = share * sum(p.numel() for p in parameters)
+    chosen = []
+    for parameter in parameters:
+        chosen.append(left > 0)
+        left -= parameter.numel()
+    return chosen
+
+
+def _own(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter itself, on which a gradient of a wider dtype may be left."""
+    parameter.grad_dtype = None  # autograd's own gradients keep the parameter's
+    return parameter
+
+
 def _master(parameter: nn.Parameter) -> nn.Parameter:
     """The parameter itself in fp32 or wider, else an fp32 copy."""
     wide = master_dtype(parameter.dtype)
@@ -115,7 +144,8 @@ class _Bucket:
         self.pairs = pairs
         self.reduce_when_full = False
         first = pairs[0][0]
-        self._buffer = torch.zeros(sum(m.numel() for m, _ in pairs), dtype=dtype or first.dtype, device=first.device)
+        dtype = dtype or master_dtype(first.dtype)
+        self._buffer = torch.zeros(sum(m.numel() for m, _ in pairs), dtype=dtype, device=first.device)
         self._views = [
             view.view_as(m)
             for (m, _), view in zip(pairs, self._buffer.split([m.numel() for m, _ in pairs]), strict=True)
@@ -124,7 +154,7 @@ class _Bucket:
         self._missing = len(pairs)
         self._pending: Pending | None = None
         for index, (_, parameter) in enumerate(pairs):
-            if widen:
+            if widen and parameter.dtype != self._buffer.dtype:
                 parameter.grad_dtype = self._buffer.dtype
             parameter.register_post_accumulate_grad_hook(lambda p, index=index: self._add(index, p))
 
@@ -149,4 +179,4 @@ class _Bucket:
         self._pending, self._missing = None, len(self.pairs)
         self._added.clear()
         for (master, _), view in zip(self.pairs, self._views, strict=True):
-            master.grad = view.to(master.dtype)
+            master.grad = view.to(master_dtype(master.dtype))

@@ -9,6 +9,10 @@ Each rank of `dp_cp` owns some rows of every parameter, their gradients and thei
     3       gathered by block   shards                           2 M and M
 
 With deferred weight gradients they are whole until the last one is there, and the step has one reduction.
+
+No rank ever holds the whole model: modules come without values, and each rank makes those of its own rows. With ZeRO-3
+the shards may be in the host's memory. A block's are then copied to the device before they are gathered, one block
+ahead, and the sums of its gradients go to the host behind its backward.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,12 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from megasp.collectives import start_all_gather, start_reduce_scatter
 from megasp.data_parallel.replicas import master_dtype
-from megasp.model import GPTModel
+from megasp.model import Factory, GPTModel
 from megasp.parallel_state import Axis, ParallelState
 from megasp.parameters import Piece, rows_of
 
@@ -34,30 +38,37 @@ class WeightShards:
     checkpoints see no DTensor. A parameter of which this rank has no row has no master here.
 
     Args:
-        stages: models in their compute dtype; they are wrapped in place, and their weights become fp32 shards.
+        stages: models on the device "meta", in their compute dtype; they are wrapped in place, and their weights become
+            fp32 shards with initial values.
+        factory: of the compute dtype and the seed.
         state: `dp_cp` shards, `dp_outer` replicates.
         zero_stage: 1, 2 or 3.
         gradient_dtype: of accumulation and reduction; fp32 or wider without it.
         deferred: weight gradients come apart from the backward.
         widen: gradients of a microbatch are made in the gradient dtype, and not in the compute dtype.
+        on_host: with ZeRO-3: shards of weights and gradients, and so `masters`, are in the host's memory.
     """
 
     def __init__(
         self,
         stages: Sequence[GPTModel],
+        factory: Factory,
         state: ParallelState,
         zero_stage: int,
         gradient_dtype: torch.dtype | None = None,
         deferred: bool = False,
         widen: bool = False,
+        on_host: bool = False,
     ) -> None:
         self.zero_stage, self.deferred, self.widen = zero_stage, deferred, widen
+        self._offload = CPUOffloadPolicy(pin_memory=state.device.type == "cuda") if on_host else OffloadPolicy()
         self.shard_axis, self.outer = state.axes["dp_cp"], state.axes["dp_outer"]
         self.owner = self.outer.rank == 0
         pieces = [p.pieces for stage in stages for p in stage.parameters()]  # type: ignore[attr-defined]
         mesh = _mesh(state)
         for stage in stages:
             self._wrap(stage, mesh, gradient_dtype)
+            stage.to_empty(device="cpu" if on_host else state.device)
         self._roots: list[FSDPModule] = list(stages)  # type: ignore[arg-type]
         self._sharded = [p for stage in stages for p in stage.parameters()]
         held = (
@@ -65,18 +76,25 @@ class WeightShards:
         )
         self._pairs = [(master, p) for master, p in held if master.numel()]
         self.masters = [master for master, _ in self._pairs]
+        for master in self.masters:
+            factory.fill_(master.data, master.pieces)  # type: ignore[attr-defined]
 
     def _wrap(self, model: GPTModel, mesh: DeviceMesh, gradient_dtype: torch.dtype | None) -> None:
-        """Shard the embedding (if nothing else uses it), every block, and what is left, each as one group."""
+        """Shard the embedding (if nothing else uses it), every block, the final norm, and what is left, each as one
+        group. Of embeddings and head the backward needs no weight: the head's gradients come from its forward."""
         compute = next(model.parameters()).dtype
         wide = master_dtype(compute)
         policy = MixedPrecisionPolicy(compute, gradient_dtype or wide, cast_forward_inputs=False)
         alone = [model.embedding] if model.embedding is not None and model.head is not model.embedding else []
-        for unit in (*alone, *model.layers, model):
+        norm = [model.final_norm] if model.final_norm is not None else []
+        for unit in (*alone, *model.layers, *norm, model):
             for p in unit.parameters():
                 if not isinstance(p, DTensor):
-                    p.data = p.data.to(wide)  # block by block, so that the whole model is never there in it
-            wrapped = fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=self.zero_stage == 3)
+                    p.data = p.data.to(wide)
+            reshard = self.zero_stage == 3
+            wrapped = fully_shard(
+                unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, offload_policy=self._offload
+            )
             # Sums, not means: the loss is divided by the global number of tokens. Neither call recurses.
             wrapped.set_gradient_divide_factor(1.0)
             wrapped.set_force_sum_reduction_for_comms(True)
@@ -86,7 +104,7 @@ class WeightShards:
                 wrapped.register_forward_pre_hook(_takes_gradients_in(policy.reduce_dtype))
             if self.outer.size > 1:
                 wrapped.set_all_reduce_hook(self._count_all_reduce)
-        for unit in alone:
+        for unit in (*alone, model):
             unit.set_unshard_in_backward(False)  # type: ignore[operator]
 
     def _count_all_reduce(self, x: Tensor) -> None:
@@ -133,12 +151,12 @@ def _mesh(state: ParallelState) -> DeviceMesh:
     """The ranks that hold the same weights: dp_outer x dp_cp, or dp_cp alone."""
     outer, inner = state.axes["dp_outer"], state.axes["dp_cp"]
     device = state.device.type
-    assert inner.group is not None
+    group = inner.group or dist.new_group([state.rank], use_local_synchronization=True)
     if outer.group is None:
-        return DeviceMesh.from_group(inner.group, device, mesh_dim_names=("dp_cp",))
+        return DeviceMesh.from_group(group, device, mesh_dim_names=("dp_cp",))
     ranks = state.layout.group(("dp_outer", "dp_inner", "ring", "ulysses"), state.rank)
-    table = torch.tensor(ranks).view(outer.size, inner.size)
-    return DeviceMesh.from_group([outer.group, inner.group], device, mesh=table, mesh_dim_names=("dp_outer", "dp_cp"))
+    table = [ranks[start : start + inner.size] for start in range(0, len(ranks), inner.size)]
+    return DeviceMesh.from_group([outer.group, group], device, mesh=table, mesh_dim_names=("dp_outer", "dp_cp"))
 
 
 def _master(parameter: nn.Parameter, pieces: tuple[Piece, ...], axis: Axis) -> nn.Parameter:

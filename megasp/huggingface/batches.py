@@ -44,7 +44,8 @@ class SampleInfo:
         length: tokens of a sample over all ranks, padding included.
         documents: of each sample the positions at which documents begin, int64, ascending, the first is 0; None where
             each sample is one document.
-        fingerprint: of the samples' tokens and positions, so that ranks can see that they hold parts of the same.
+        fingerprint: of the samples' tokens, positions, targets and padding, so that ranks can see that they hold parts
+            of the same.
     """
 
     length: int
@@ -132,11 +133,13 @@ class ShardingCollator:
         batch["position_ids"] = positions = positions.expand(rows, length)
         if "labels" in batch and batch.get("shift_labels") is None:
             batch["shift_labels"] = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-        documents = document_starts(positions, batch.pop("attention_mask", None))
+        mask = batch.pop("attention_mask", None)
+        documents = document_starts(positions, mask)
+        same = _fingerprint(tokens, positions, batch.get("shift_labels"), mask)
         shards = shard_map(length, self.ulysses, self.ring, self.ring_mode)
         here = torch.as_tensor(shards.positions(self.rank), device=tokens.device)
         local = {name: x.index_select(1, here) if isinstance(x, Tensor) else x for name, x in batch.items()}
-        return local | {"sample_info": SampleInfo(length, documents, _fingerprint(tokens, positions))}
+        return local | {"sample_info": SampleInfo(length, documents, same)}
 
     def _stack(self, features: Sequence[Mapping[str, Any]]) -> Batch:
         """Features of different lengths, padded at their ends; the labels are the tokens where none are given."""
@@ -223,6 +226,6 @@ def document_starts(positions: Tensor, mask: Tensor | None) -> tuple[np.ndarray,
     return tuple(np.flatnonzero(row) for row in begins)
 
 
-def _fingerprint(tokens: Tensor, positions: Tensor) -> int:
-    arrays = (x.cpu().contiguous().numpy() for x in (tokens, positions))
+def _fingerprint(*tensors: Tensor | None) -> int:
+    arrays = (x.cpu().contiguous().numpy() for x in tensors if x is not None)
     return zlib.crc32(b"".join(array.tobytes() for array in arrays))

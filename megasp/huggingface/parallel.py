@@ -96,6 +96,12 @@ class _Calls:
                 "each rank must know which tokens of the whole samples it holds",
                 "pass it through the collator that sequence_parallel returned (collate.shard for a batch)",
             )
+        if kwargs.get("attention_mask") is not None:
+            raise ConfigError(
+                "an attention_mask beside a shard",
+                "padding and documents of the whole samples are in what the collator gives attention",
+                "give the mask to the collator (collate.shard for a batch), which leaves it out here",
+            )
         if kwargs.get("past_key_values") is not None:
             raise ConfigError("past_key_values", "ranks hold shards, which no cache continues", "generate without it")
         if (kwargs.get("labels") is None) != (kwargs.get("shift_labels") is None):

@@ -84,6 +84,8 @@ def _obstacles(model: PreTrainedModel, state: ParallelState) -> Iterator[tuple[s
             "kernels over a split sequence drop nothing here",
             "load it with attention_dropout=0.0 (attn_pdrop=0.0)",
         )
+    if getattr(config, "prefix_lm", False) or getattr(getattr(config, "attn_config", None), "prefix_lm", False):
+        yield " with prefix_lm", "every token sees only what is before it here", "load it with prefix_lm=False"
     if getattr(config, "output_router_logits", False):
         yield " with output_router_logits", "its router's loss would be one of shards", "set it to False"
     if any(getattr(module, "is_causal", True) is False for module in model.modules()):

@@ -24,7 +24,6 @@ from megasp.model.norm import Norm
 from megasp.model.offload import Offload
 from megasp.model.recompute import recomputed, shared_out
 from megasp.model.rotary import cos_sin
-from megasp.model.tiles import tiled
 from megasp.parallel_state import ParallelState
 from megasp.sequence_parallel import Documents, Kept, Mask, SequenceAttention
 
@@ -105,6 +104,7 @@ class GPTModel(nn.Module):
                 partial=self.sequence_parallel,
                 factory=factory,
                 name="final_norm",
+                tiles=self.attend.sequence_chunks,
             )
             if tied:
                 self.head = self.embedding if first else self._embedding(factory, "embedding", 1)
@@ -163,8 +163,7 @@ class GPTModel(nn.Module):
                 x = self._run(group, x, info)
         if self.final_norm is None or self.head is None:
             return x
-        norm, chunks = self.final_norm, self.attend.sequence_chunks
-        x = tiled(lambda x, _: norm(x), x, chunks, [*norm.parameters()]) if chunks > 1 else norm(x)
+        x = self.final_norm(x)
         if labels is None:
             return self._logits(x)
         mask = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask

@@ -31,11 +31,15 @@ class Factory:
         """A parameter made of `pieces` with its initial values; it carries them as its attribute `pieces`."""
         data = torch.empty(local_shape(pieces), device=self.device, dtype=self.dtype)
         if data.device.type != "meta":
-            for piece, local in placed(pieces):
-                data[local.slices] = initial_values(piece, self.seed).to(data)
+            self.fill_(data, pieces)
         parameter = nn.Parameter(data)
         parameter.pieces = tuple(pieces)  # type: ignore[attr-defined]
         return parameter
+
+    def fill_(self, data: Tensor, pieces: Sequence[Piece]) -> None:
+        """Leave on a tensor made of `pieces` their initial values, which have this dtype's precision."""
+        for piece, local in placed(pieces):
+            data[local.slices] = initial_values(piece, self.seed).to(self.dtype).to(data)
 
 
 def initial_values(piece: Piece, seed: int) -> Tensor:

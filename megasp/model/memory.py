@@ -78,6 +78,11 @@ def norm_parameters(model: ModelConfig) -> int:
     return model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
 
 
+def largest_matrix(model: ModelConfig, tp: int) -> int:
+    """Elements of a layer's largest tensor on one rank of `tp`."""
+    return model.hidden_size * model.mlp_size * (2 if model.swiglu else 1) // tp
+
+
 def end_parameters(model: ModelConfig, tp: int, first: bool, last: bool) -> dict[str, int]:
     """Elements of what is beside the layers: embedding, positions, final norm, head (none of its own where it is tied
     to an embedding that is here)."""

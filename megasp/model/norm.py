@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from megasp.footprint import Part
 from megasp.model.init import Factory
 from megasp.model.layers import ONE_RANK, replicated
+from megasp.model.tiles import tiled
 from megasp.model.weight_gradients import gradient_dtype
 from megasp.parallel_state import Axis
 
@@ -60,6 +61,7 @@ class Norm(nn.Module):
         kind: "RMSNorm" or "LayerNorm" (with bias).
         size: length of the last dim.
         partial: this rank's gradient of the weights is only a share (its part of the sequence, or of the heads).
+        tiles: of dim 0, normalized one after another.
 
     Forward: [..., size] -> [..., size].
     """
@@ -74,16 +76,22 @@ class Norm(nn.Module):
         partial: bool = False,
         factory: Factory | None = None,
         name: str = "norm",
+        tiles: int = 1,
     ) -> None:
         super().__init__()
         factory = factory or Factory()
-        self.epsilon = epsilon
+        self.epsilon, self.tiles = epsilon, tiles
         self.weight = factory.parameter([replicated(f"{name}.weight", (size,), axis, partial=partial, init_mean=1.0)])
         self.bias = None
         if kind == "LayerNorm":
             self.bias = factory.parameter([replicated(f"{name}.bias", (size,), axis, partial=partial)])
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.tiles == 1:
+            return self._normalized(x)
+        return tiled(lambda x, _: self._normalized(x), x, self.tiles, list(self.parameters()))
+
+    def _normalized(self, x: Tensor) -> Tensor:
         if self.bias is None:
             return _RMSNorm.apply(x, self.weight, self.epsilon)
         return _LayerNorm.apply(x, self.weight, self.bias, self.epsilon)

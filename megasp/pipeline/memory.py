@@ -36,6 +36,10 @@ class StageBytes:
     def kept(self) -> int:
         return self.shared + sum(piece.total for piece in self.pieces)
 
+    @cached_property
+    def deferred(self) -> int:
+        return sum(piece.deferred for piece in self.pieces)
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -68,8 +72,10 @@ def peak(schedule: Schedule, rank: int, stages: Mapping[int, StageBytes], messag
         message: bytes of a message between stages.
     """
     walk = _Walk(schedule, rank, stages, message)
-    found = [walk.step(index) for index in range(len(schedule.rows[rank]))]
-    return max(found, key=lambda moment: moment.total)
+    for index in range(len(schedule.rows[rank])):
+        walk.step(index)
+    assert walk.fullest is not None, "a schedule has actions"
+    return walk.fullest
 
 
 class _Walk:
@@ -81,12 +87,14 @@ class _Walk:
         self.kept = 0
         self.live: Counter[int] = Counter()
         self.made: set[int] = set()  # stages whose gradients are there
+        self.gradients = 0  # their bytes
         self.arriving: set[Action] = set()
         self.expected = {edge: deque(sent) for edge, sent in schedule.messages.items() if edge[1] == rank}
         self.sending: dict[int, deque[int]] = {}
+        self.fullest: Peak | None = None
 
-    def step(self, index: int) -> Peak:
-        """Run action `index` of the row on paper: what is held at its fullest moment, in bytes."""
+    def step(self, index: int) -> None:
+        """Run action `index` of the row on paper; its fullest moment is kept where it is the fullest so far."""
         action = self.row[index]
         self._take(action)
         for following in self.row[index + 1 : index + 2]:
@@ -94,9 +102,10 @@ class _Walk:
         before = self.kept
         most, gradients = getattr(self, {"F": "_forward", "W": "_weights"}.get(action.kind, "_backward"))(action)
         messages = self.message * (len(self.arriving) + sum(map(len, self.sending.values())))
-        moment = Peak(action, dict(self.live), before, most - before, messages, gradients)
+        kept = min(before, most)  # at a backward's end little of it is left
+        if self.fullest is None or most + messages + gradients > self.fullest.total:
+            self.fullest = Peak(action, dict(self.live), kept, most - kept, messages, gradients)
         self._after(action)
-        return moment
 
     def _forward(self, action: Action) -> tuple[int, int]:
         stage = self.stages[action.stage]
@@ -104,12 +113,12 @@ class _Walk:
         for piece in stage.pieces:
             most = max(most, kept + piece.forward)
             kept += piece.total
-        return most, self._made()
+        return most, self.gradients
 
     def _backward(self, action: Action) -> tuple[int, int]:
         """From the last piece to the first; what is kept goes, gradients and what waits for W come."""
         stage = self.stages[action.stage]
-        kept, most, gradients = self.kept, 0, self._made()
+        kept, most, gradients = self.kept, 0, self.gradients
         growing = action.stage not in self.made
         grown = at_most = 0
         for index, (piece, size) in enumerate(zip(reversed(stage.pieces), reversed(stage.gradients), strict=True)):
@@ -123,18 +132,16 @@ class _Walk:
 
     def _weights(self, action: Action) -> tuple[int, int]:
         largest = max(piece.deferred for piece in self.stages[action.stage].pieces)
-        return self.kept + largest, self._made()
-
-    def _made(self) -> int:
-        return sum(sum(self.stages[stage].gradients) for stage in self.made)
+        return self.kept + largest, self.gradients
 
     def _after(self, action: Action) -> None:
         stage = self.stages[action.stage]
-        waiting = sum(piece.deferred for piece in stage.pieces)
+        waiting = stage.deferred
         self.kept += {"F": stage.kept, "B": -stage.kept, "I": waiting - stage.kept, "W": -waiting}[action.kind]
         self.live[action.stage] += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
-        if action.kind != "F":
+        if action.kind != "F" and action.stage not in self.made:
             self.made.add(action.stage)
+            self.gradients += sum(stage.gradients)
         wanted = self.schedule.destination(action)
         if wanted is None:
             return

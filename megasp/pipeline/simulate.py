@@ -5,8 +5,10 @@ Receives are posted in the order in which the other side sends (both sides know 
 schedule can deadlock only by a cycle of actions that wait for one another, and `simulate` finds every such cycle.
 """
 
+from bisect import bisect_right, insort
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from megasp.pipeline.schedules import Action, Row, Schedule
 
@@ -24,16 +26,11 @@ class Timeline:
 
     Attributes:
         start, end: of each action.
-        peak: largest number of live activations (forwards whose backward, or W, is not done) on each rank, in chunks.
-        waiting: largest number of messages that a rank must have taken in before it uses them, because they were sent
-            before one that it needs first; 0 where the order of sending is the order of use.
     """
 
     schedule: Schedule
     start: dict[Action, float]
     end: dict[Action, float]
-    peak: list[int]
-    waiting: int
 
     @property
     def makespan(self) -> float:
@@ -49,6 +46,24 @@ class Timeline:
     def messages(self) -> int:
         """Messages between ranks in a step."""
         return sum(map(len, self.schedule.messages.values()))
+
+    @property
+    def peak(self) -> list[int]:
+        """Largest number of live activations (forwards whose backward, or W, is not done) on each rank, in chunks."""
+        return [live_activations(row) for row in self.schedule.rows]
+
+    @cached_property
+    def waiting(self) -> int:
+        """Largest number of messages that a rank must have taken in before it uses them, because they were sent before
+        one that it needs first; 0 where the order of sending is the order of use."""
+        most = 0
+        for sent in self.schedule.messages.values():
+            used: list[int] = []  # places in the receiver's row of what was sent before, sorted
+            for action in sent:
+                place = self.schedule.place[action]
+                most = max(most, len(used) - bisect_right(used, place))
+                insort(used, place)
+        return most
 
 
 def unit_cost(chunks: int = 1) -> Cost:
@@ -85,18 +100,18 @@ def simulate(schedule: Schedule, cost: Cost, message: float = 0.0) -> Timeline:
     stuck = [str(row[at]) for row, at in zip(schedule.rows, place, strict=True) if at < len(row)]
     if stuck:
         raise Deadlock(f"{schedule.name}: {', '.join(stuck)} wait for one another")
-    return Timeline(schedule, start, end, [live_activations(row) for row in schedule.rows], _waiting(schedule))
+    return Timeline(schedule, start, end)
 
 
 def _arrivals(schedule: Schedule, action: Action, end: dict[Action, float], message: float) -> list[float] | None:
     """When the results that an action needs are on its rank; None while one of them is not computed."""
-    own = {"F": None, "W": "I"}.get(action.kind, "F")
+    kind, stage, microbatch = action
     times = []
-    if own is not None:
-        times.append(end.get(action._replace(kind=own)))
+    if kind != "F":
+        times.append(end.get(Action("I" if kind == "W" else "F", stage, microbatch)))
     source = schedule.source(action)
     if source is not None:
-        local = schedule.owner[source.stage] == schedule.owner[action.stage]
+        local = schedule.owner[source.stage] == schedule.owner[stage]
         there = end.get(source)
         times.append(there if there is None or local else there + message)
     return None if None in times else times  # type: ignore[return-value]
@@ -109,13 +124,3 @@ def live_activations(row: Row) -> int:
         live += (action.kind == "F") - (action.kind in "BW")
         peak = max(peak, live)
     return peak
-
-
-def _waiting(schedule: Schedule) -> int:
-    """See `Timeline.waiting`."""
-    most = 0
-    for (_, to), sent in schedule.messages.items():
-        use = {action: place for place, action in enumerate(schedule.rows[to])}
-        for index, action in enumerate(sent):
-            most = max(most, sum(use[earlier] > use[action] for earlier in sent[:index]))
-    return most

@@ -1,31 +1,65 @@
-"""A dry run of answers: the real build and step of some ranks on tensors without memory, beside the account."""
+"""A dry run of answers: the real build and step of some ranks on tensors without memory, beside the account and the
+closed forms."""
 
 import torch
 
 from megasp import dry_run, log
-from megasp.planner.memory import Memory, shortened
+from megasp.dry_run import Count
+from megasp.planner.memory import shortened
 from megasp.planner.search import Plan
+from megasp.training.volumes import Volume
 
 
 def table(plans: list[Plan]) -> list[str]:
-    """Peak bytes of the first, a middle and the last pipeline rank, by account and as counted."""
+    """Peak bytes, bytes sent and operations of the first, a middle and the last pipeline rank of each plan."""
     torch.set_num_threads(1)  # nothing is computed
-    jobs = [(plan, rank) for plan in plans for rank in sorted({0, plan.layout.pp // 2, plan.layout.pp - 1})]
-    lines = [
-        "dry run: peak of what is allocated, GB",
-        f"    {'layout':34} {'pipeline rank':>13} {'account':>9} {'counted':>9}",
-    ]
-    for plan, rank in log.progress(jobs, "dry run", len(jobs), unit="rank"):
-        account, counted = plan.memory[rank], _counted(plan, plan.memory[rank])
-        error = account.allocated / counted - 1
-        lines.append(
-            f"    {plan.layout.name:34} {rank:13} {account.allocated / 1e9:9.2f} {counted / 1e9:9.2f}  {error:+.1%}"
-        )
+    jobs = [(plan, rank) for plan in plans for rank in _ranks(plan)]
+    counts = {(id(plan), rank): _count(plan, rank) for plan, rank in log.progress(jobs, "dry run", len(jobs), "rank")}
+    lines = []
+    for plan in plans:
+        found = {rank: counts[id(plan), rank] for rank in _ranks(plan)}
+        lines += ["", f"dry run of {plan.layout.name}", *_memory(plan, found), *_volumes(plan, found)]
     return lines
 
 
-def _counted(plan: Plan, memory: Memory) -> int:
+def _ranks(plan: Plan) -> list[int]:
+    return sorted({0, plan.layout.pp // 2, plan.layout.pp - 1})
+
+
+def _count(plan: Plan, rank: int) -> Count:
     """With as many microbatches as reach the peak."""
     layout = plan.layout
-    place = dict.fromkeys(("dp_outer", "dp_inner", "ring", "ulysses", "tp"), 0) | {"pp": memory.rank}
-    return dry_run.count(shortened(plan.config, layout), layout, layout.rank(place)).peak
+    place = dict.fromkeys(("dp_outer", "dp_inner", "ring", "ulysses", "tp"), 0) | {"pp": rank}
+    return dry_run.count(shortened(plan.config, layout), layout, layout.rank(place))
+
+
+def _memory(plan: Plan, found: dict[int, Count]) -> list[str]:
+    account = {rank: plan.memory[rank].allocated for rank in found}
+    return [
+        f"  {'pipeline rank':42}" + "".join(f"{rank:16}" for rank in found),
+        f"  {'peak of what is allocated, GB':42}" + "".join(f"{count.peak / 1e9:16.2f}" for count in found.values()),
+        f"  {'the account of it':42}"
+        + "".join(f"{size / 1e9:9.2f} {size / found[rank].peak - 1:+6.1%}" for rank, size in account.items()),
+    ]
+
+
+def _volumes(plan: Plan, found: dict[int, Count]) -> list[str]:
+    """Sums of 10^9 bytes sent and of 10^12 operations; `=` where the closed form says the same to the byte."""
+    microbatches = plan.time.job.microbatches
+    few = shortened(plan.config, plan.layout).num_microbatches(plan.layout)
+    lines = [f"  sent in a step of {few} of the {microbatches} microbatches, GB ({'= as the closed form says'})"]
+    for kind, unit in (("sent", 1e9), ("flops", 1e12)):
+        if kind == "flops":
+            lines.append("  operations of the same, TFLOP")
+        names = dict.fromkeys(name for count in found.values() for name in sorted(getattr(count.volume, kind)))
+        for name in names:
+            words = name if isinstance(name, str) else f"{name[1].replace('_', '-')} over {name[0]}"
+            cells = "".join(_cell(count.volume, count.formula, kind, name, unit) for count in found.values())
+            lines.append(f"    {words:40}{cells}")
+    return lines
+
+
+def _cell(volume: Volume, formula: Volume, kind: str, name: object, unit: float) -> str:
+    counted, said = getattr(volume, kind)[name], getattr(formula, kind)[name]
+    beside = "=" if counted == said else f"{said / counted - 1:+.1%}" if said and counted else ""
+    return f"{counted / unit:9.3f} {beside:6}"

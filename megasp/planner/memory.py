@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import accumulate
 
 from megasp.config.layout import Layout
-from megasp.config.pipeline import PipelinePlan
+from megasp.config.model import ModelConfig
+from megasp.config.recompute import ActivationConfig
 from megasp.config.schema import Config
 from megasp.config.stages import split
 from megasp.data_parallel.memory import state_bytes
-from megasp.model.memory import end_parameters, layer_footprint, layer_parameters
+from megasp.model.memory import Sizes, end_parameters, layer_parameters, stage_layers
 from megasp.pipeline.schedules import placement, schedule
-from megasp.pipeline.simulate import live_activations
-from megasp.training.memory import account, sizes_of
+from megasp.training.memory import account
 
 OUTSIDE = 3.0e9
 """Bytes that are not PyTorch's: the CUDA context, NCCL's buffers, libraries' workspaces. An assumption."""
@@ -53,7 +54,7 @@ def memory(config: Config, layout: Layout, ranks: Sequence[int] | None = None) -
     short = shortened(config, layout)
     chosen = range(layout.pp) if ranks is None else ranks
     accounts = [account(short, layout, rank) for rank in chosen]
-    return [Memory(each.pipeline_rank, dict(each.rows()), each.host) for each in accounts]
+    return [Memory(each.pipeline_rank, dict(each.rows()), each.on_host) for each in accounts]
 
 
 def ends(layout: Layout) -> list[int]:
@@ -70,55 +71,85 @@ def shortened(config: Config, layout: Layout) -> Config:
 
 
 @dataclass(frozen=True)
-class Floor:
-    """What the first pipeline rank holds at least: weights, gradients, optimizer, kept activations. Much faster than
-    the account, of the same parts, and never above it.
+class End:
+    """A pipeline rank at an end, whatever a microbatch is.
 
     Attributes:
-        elements: its parameters; `unit`: those of a layer.
-        kept: bytes of all microbatches that are alive at a time.
-        item, gradient_item: bytes of an element of the weights and of the gradients' sums.
+        elements: its parameters; `heads`: those of final norm and head among them.
+        layers: of each of its stages.
+        held: most forwards that wait for their backward at a time, those not counted that wait for W alone; what runs
+            next is a backward, with all of them there.
     """
 
     elements: int
+    heads: int
+    layers: tuple[int, ...]
+    held: int
+
+
+def pipeline_ends(config: Config, layout: Layout) -> tuple[End, ...]:
+    """Both ends of a configuration's pipeline."""
+    model, plan = config.model, config.pipeline
+    owner, stages = placement(plan.schedule, plan.ranks, plan.chunks), split(config)
+    few = min(config.num_microbatches(layout), ROUNDS * layout.pp)
+    rows = schedule(plan.schedule, plan.ranks, few, plan.chunks).rows
+    made = []
+    for rank in ends(layout):
+        mine = [stage for stage in stages if owner[stage.number] == rank]
+        beside = [end_parameters(model, layout.tp, stage.first, stage.last) for stage in mine]
+        counts = tuple(len(stage.layers) for stage in mine)
+        elements = sum(counts) * layer_parameters(model, layout.tp) + sum(sum(each.values()) for each in beside)
+        heads = sum(each.get(name, 0) for each in beside for name in ("head", "final norm"))
+        held = max(accumulate({"F": 1, "W": 0}.get(action.kind, -1) for action in rows[rank]))
+        made.append(End(elements, heads, counts, held))
+    return tuple(made)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What the fullest GPU holds at least: weights, gradients, optimizer, kept activations and a layer's backward. Much
+    faster than the account, of the same parts, and never above it.
+
+    Attributes:
+        ends: (parameters, those of the head among them, bytes of a backward while most microbatches are held).
+        unit: parameters of a layer.
+        item, gradient_item: bytes of an element of the weights and of the gradients' sums.
+        microbatches: of a step.
+    """
+
+    ends: tuple[tuple[int, int, int], ...]
     unit: int
-    kept: float
     item: int
     gradient_item: int | None
+    microbatches: int
 
     @classmethod
-    def of(cls, config: Config, layout: Layout) -> "Floor":
+    def of(cls, pipeline: tuple[End, ...], config: Config, sizes: Sizes, microbatches: int) -> "Floor":
         """Of a schedule, a microbatch and a recompute; sharding is no part of it."""
-        model, plan = config.model, config.pipeline
-        owner = placement(plan.schedule, plan.ranks, plan.chunks)
-        counts = [len(stage.layers) for stage in split(config) if owner[stage.number] == 0]
-        layer = layer_parameters(model, layout.tp)
-        ends = end_parameters(model, layout.tp, True, owner[-1] == 0)
-        sizes = sizes_of(config, layout, "cuda")
-        layers = (
-            layer_footprint(model, sizes, config.activations.recompute).total
-            / config.activations.recompute.num_layers
-            * min(counts)
-        )
-        return cls(
-            sum(counts) * layer + sum(ends.values()),
-            layer,
-            layers * _live(plan, min(config.num_microbatches(layout), ROUNDS * layout.pp)),
-            sizes.item,
-            2 if config.training.grad_reduce_in_bf16 else None,
-        )
+        found = []
+        for end in pipeline:
+            layers = [_layers(config.model, sizes, config.activations, count) for count in end.layers]
+            kept = end.held * min(kept for kept, _ in layers) + min(working for _, working in layers)
+            found.append((end.elements, end.heads, kept))
+        gradient_item = 2 if config.training.grad_reduce_in_bf16 else None
+        return cls(tuple(found), layer_parameters(config.model, sizes.tp), sizes.item, gradient_item, microbatches)
 
     def needed(self, layout: Layout) -> float:
         """What a GPU must have, with the layout's sharding."""
+        return with_outside(max(self._allocated(layout, *end) for end in self.ends))
+
+    def _allocated(self, layout: Layout, elements: int, heads: int, backward: int) -> int:
         shards = layout.dp_inner * layout.cp
+        ranks, zero = shards * layout.dp_outer, layout.zero
         states = state_bytes(
-            self.elements, self.unit, 0, self.item, shards * layout.dp_outer, shards, layout.zero, self.gradient_item
+            elements, self.unit, heads, self.item, ranks, shards, zero, self.gradient_item, self.microbatches
         )
-        fixed = states.parameters + states.masters + states.optimizer + (0 if states.growing else states.gradients)
-        return with_outside(fixed + self.kept)
+        held = states.parameters + states.masters + states.optimizer + (0 if states.growing else states.gradients)
+        return held + states.gathered + states.lingering + backward
 
 
 @cache
-def _live(plan: PipelinePlan, microbatches: int) -> int:
-    """Live activations of the first rank, in chunks."""
-    return live_activations(schedule(plan.schedule, plan.ranks, microbatches, plan.chunks).rows[0])
+def _layers(model: ModelConfig, sizes: Sizes, activations: ActivationConfig, count: int) -> tuple[int, int]:
+    """What the layers of a stage keep of a microbatch, and what the last one's backward takes beside it."""
+    layers = stage_layers(model, sizes, activations.recompute, count, activations.offloaded(count))
+    return sum(layer.total for layer in layers), layers[-1].backward - layers[-1].total

@@ -13,19 +13,23 @@ different layouts.
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from heapq import heapify, heappop, heappush
+from itertools import count, islice
 
 from megasp.config.layout import Layout
 from megasp.config.pipeline import PipelinePlan
 from megasp.config.schema import Config
 from megasp.config.stages import Stage, split
 from megasp.errors import ConfigError
+from megasp.model.memory import Sizes
 from megasp.planner import space
 from megasp.planner.job import Job
-from megasp.planner.layer_time import Parts, layer_parts
-from megasp.planner.memory import Floor, Memory, ends, memory
+from megasp.planner.layer_time import layer_parts
+from megasp.planner.memory import End, Floor, Memory, ends, memory, pipeline_ends
 from megasp.planner.rates import Rates
 from megasp.planner.space import MemoryOption, Request, Values
-from megasp.planner.step_time import StepTime, quick_seconds, step_time
+from megasp.planner.step_time import Microbatch, StepTime, least_seconds, quick_seconds, step_time
+from megasp.training.memory import sizes_of
 
 Key = tuple[tuple[str, object], ...]
 
@@ -74,7 +78,7 @@ class Found:
         illegal: axes that cannot run, with the rule's sentence.
         too_large: axes of which something does not fit, with the smallest of those, in
             bytes, and its values.
-        tried: combinations that were timed.
+        tried: combinations that were timed; `accounts`: of those, whose memory was counted by the account.
         space: combinations of axes.
     """
 
@@ -83,6 +87,7 @@ class Found:
     illegal: dict[Key, ConfigError] = field(default_factory=dict)
     too_large: dict[Key, tuple[float, Values]] = field(default_factory=dict)
     tried: int = 0
+    accounts: int = 0
     space: int = 0
 
 
@@ -102,8 +107,10 @@ class _Search:
     def __init__(self, request: Request) -> None:
         self.request, self.rates, self.found = request, Rates(request.hardware), Found()
         self._stages: dict[PipelinePlan, tuple[Stage, ...]] = {}
+        self._ends: dict[object, tuple[End, ...]] = {}
+        self._sizes: dict[object, tuple[Config, Sizes]] = {}
         self._floors: dict[object, Floor] = {}
-        self._layers: dict[object, dict[str, Parts]] = {}
+        self._microbatches: dict[object, Microbatch] = {}
 
     def run(self) -> Found:
         found, bounded = self.found, []
@@ -193,26 +200,52 @@ class _Search:
     def _time(self, job: Job) -> float:
         """Seconds of a step, about."""
         self.found.tried += 1
-        key = (job.layout, job.ring_mode, job.micro_batch, job.zero, job.recompute)
-        if key not in self._layers:
-            self._layers[key] = layer_parts(job, self.rates)
-        return quick_seconds(job, self.rates, self._layers[key])
+        return quick_seconds(job, self.rates, self._microbatch(job))
+
+    def _least(self, job: Job) -> float:
+        """Seconds that a job takes however it is sharded."""
+        bare = replace(job, zero=0)
+        return least_seconds(bare, self.rates, self._microbatch(bare))
+
+    def _microbatch(self, job: Job) -> Microbatch:
+        key = (job.layout, job.ring_mode, job.micro_batch, job.zero, job.recompute, job.offload_activations)
+        if key not in self._microbatches:
+            self._microbatches[key] = Microbatch.of(job, self.rates)
+        return self._microbatches[key]
+
+    def _by_time(self, axes: Values, job: Job) -> Iterator[tuple[float, Values, Job, MemoryOption]]:
+        """Every combination on these axes that its floor lets fit, the fastest first. How to shard a schedule,
+        microbatch and recompute is looked at when no combination is left that is faster than these can be."""
+        recomputes: dict[int, list[MemoryOption]] = {}
+        for each in space.memory_options(self.request, job.layout):
+            recomputes.setdefault(each.thrift[0], []).append(each)
+        groups = list(self._groups(axes, job))
+        queue: list[tuple[float, int, int, MemoryOption | None]] = [
+            (self._least(options[0].applied(group)), place, again, None)
+            for place, (_, group) in enumerate(groups)
+            for again, options in recomputes.items()
+        ]
+        heapify(queue)
+        order = count()
+        while queue:
+            seconds, place, again, option = heappop(queue)
+            values, group = groups[place]
+            if option is not None:
+                yield seconds, values | option.values, group, option
+                continue
+            fitting = (each for each in recomputes[again] if self._fits_at_least(axes, values, group, each))
+            for each in islice(fitting, SHARDINGS):
+                heappush(queue, (self._time(each.applied(group)), place, len(recomputes) + next(order), each))
 
     def _best(self, axes: Values, job: Job) -> Plan | None:
         """The fastest combination on these axes that fits.
 
-        Combinations that their floor lets fit are taken from the fastest on, until one fits by the account; one that
-        saves no more than another of its schedule and microbatch that did not fit is passed over.
+        Combinations are taken from the fastest on, until one fits by the account; one that saves no more than another
+        of its schedule and microbatch that did not fit is passed over.
         """
-        options = space.memory_options(self.request, job.layout)
-        hopeful = [
-            (self._time(option.applied(group)), values | option.values, group, option)
-            for values, group in self._groups(axes, job)
-            for option in self._options(axes, values, group, options)
-        ]
         too_large: dict[tuple[PipelinePlan, int], list[tuple[int, int]]] = {}
         accounts = 0
-        for seconds, values, group, option in sorted(hopeful, key=lambda item: item[0]):
+        for seconds, values, group, option in self._by_time(axes, job):
             failed = too_large.setdefault((group.plan, group.micro_batch), [])
             if any(option.thrift[0] <= other[0] and option.thrift[1] <= other[1] for other in failed):
                 continue
@@ -230,25 +263,24 @@ class _Search:
             return Plan(values, config, layout, StepTime(Job.of(config, layout), seconds, {}, 0.0), ranks)
         return None
 
-    def _options(self, axes: Values, values: Values, group: Job, options: list[MemoryOption]) -> Iterator[MemoryOption]:
-        """Recompute and sharding for a schedule and microbatch, as far as their floor fits; of each recompute the few
-        that shard least."""
-        taken: Counter[int] = Counter()
-        for option in options:
-            if taken[option.thrift[0]] < SHARDINGS and self._fits_at_least(axes, values, group, option):
-                taken[option.thrift[0]] += 1
-                yield option
-
     def _fits_at_least(self, axes: Values, values: Values, job: Job, option: MemoryOption) -> bool:
         """Whether a GPU has what is needed at least; what cannot fit is noted."""
-        key = job.plan, job.layout, job.ring_mode, job.micro_batch, option.thrift[0]
-        if key not in self._floors:
-            self._floors[key] = Floor.of(self.request.with_values(values | option.values), job.layout)
+        shape = job.plan, job.layout.tp, job.microbatches
+        size = job.layout, job.ring_mode, job.micro_batch, option.thrift[0]
+        if (shape, size) not in self._floors:
+            if shape not in self._ends:
+                self._ends[shape] = pipeline_ends(self.request.with_values(values), job.layout)
+            if size not in self._sizes:
+                config = self.request.with_values(values | option.values)
+                self._sizes[size] = config, sizes_of(config, job.layout, "cuda")
+            self._floors[shape, size] = Floor.of(self._ends[shape], *self._sizes[size], job.microbatches)
+        key = shape, size
         peak = self._floors[key].needed(option.layout)
         return self._noted(axes, values | option.values, peak) <= self.request.hardware.memory
 
     def _memory(self, axes: Values, values: Values, layout: Layout) -> tuple[Memory, ...] | None:
         """What the fullest pipeline ranks hold, where it fits; what does not is noted."""
+        self.found.accounts += 1
         ranks = tuple(memory(self.request.with_values(values), layout, ends(layout)))
         peak = self._noted(axes, values, max(rank.needed for rank in ranks))
         hardware = self.request.hardware

@@ -123,23 +123,45 @@ def pipeline_seconds(job: Job, rates: Rates, times: list[StageTime]) -> float:
     return long + slope * (job.microbatches - second)
 
 
-def quick_seconds(job: Job, rates: Rates, layer: dict[str, Parts] | None = None) -> float:
+@dataclass(frozen=True)
+class Microbatch:
+    """Seconds of a microbatch by direction, of one layer and of the head: all that the schedules' closed forms need of
+    a layout, microbatch, recompute and sharding, and so worth keeping."""
+
+    layer: dict[str, float]
+    head: dict[str, float]
+
+    @classmethod
+    def of(cls, job: Job, rates: Rates) -> "Microbatch":
+        """Of a job, whatever its schedule."""
+        layer, head = (
+            {k: sum(parts.values()) for k, parts in made(job, rates).items()} for made in (layer_parts, _head)
+        )
+        return cls(layer, head)
+
+
+def least_seconds(job: Job, rates: Rates, microbatch: Microbatch) -> float:
+    """The pipeline's share of `quick_seconds`."""
+    return _quick_pipeline(job, rates, microbatch)[0]
+
+
+def quick_seconds(job: Job, rates: Rates, microbatch: Microbatch) -> float:
     """About the same as `step_time`, by the closed forms of the schedules' papers: what fills and drains the pipeline
-    beside the busiest rank's work. For sorting; the answers that a person sees are simulated.
+    beside the busiest rank's work. For sorting; the answers that a person sees are simulated."""
+    pipeline, busiest, (forward, inputs, weights) = _quick_pipeline(job, rates, microbatch)
+    ends = _gradients(job, rates, forward, inputs + weights, busiest) + _optimizer(job, rates, busiest)
+    return pipeline + ends + rates.fit.step_seconds
 
-    Args:
-        layer: what `layer_parts` says of this job, where it is known.
-    """
+
+def _quick_pipeline(job: Job, rates: Rates, microbatch: Microbatch) -> tuple[float, int, list[float]]:
+    """Seconds of all microbatches, the busiest rank, and its F, I and W of one."""
     ranks, chunks = job.plan.ranks, job.plan.chunks
-    one = {kind: sum(parts.values()) for kind, parts in (layer or layer_parts(job, rates)).items()}
-    head = {kind: sum(parts.values()) for kind, parts in _head(job, rates).items()}
 
-    def seconds(rank: int) -> list[float]:
-        layers, _, last = job.loads[rank]
-        return [layers * one[kind] + last * head[kind] for kind in "FIW"]
+    def seconds(load: tuple[int, int, int]) -> list[float]:
+        layers, _, last = load
+        return [layers * microbatch.layer[kind] + last * microbatch.head[kind] for kind in "FIW"]
 
-    first_of = {load: rank for rank, load in reversed(list(enumerate(job.loads)))}  # ranks alike are looked at once
-    busiest = max(first_of.values(), key=lambda rank: sum(seconds(rank)))
+    busiest = max(dict.fromkeys(reversed(job.loads)), key=lambda load: sum(seconds(load)))
     forward, inputs, weights = seconds(busiest)
     bubble = {
         "interleaved": (forward + inputs + weights) / chunks,
@@ -148,8 +170,7 @@ def quick_seconds(job: Job, rates: Rates, layer: dict[str, Parts] | None = None)
     }.get(job.plan.schedule, forward + inputs + weights)
     work = job.microbatches * (forward + inputs + weights)
     pipeline = work + (ranks - 1) * (bubble + 2 * message_seconds(job, rates)) if ranks > 1 else work
-    ends = _gradients(job, rates, forward, inputs + weights, busiest) + _optimizer(job, rates, busiest)
-    return pipeline + ends + rates.fit.step_seconds
+    return pipeline, job.loads.index(busiest), [forward, inputs, weights]
 
 
 def timeline(job: Job, rates: Rates, times: list[StageTime], microbatches: int) -> Timeline:

@@ -114,7 +114,7 @@ def _in_document(a: int, b: int, c: int, d: int, begin: int, mask: Mask) -> Iter
         yield from _causal(a, b, c, d)
         return
     window = mask.window
-    for q0 in range(a, b, max(window, 1)):
+    for q0 in range(a, b, max(window, 1)) if c < b and a - window < d else ():
         yield from _windowed(q0, min(b, q0 + max(window, 1)), c, d, window)
     # A sink key is seen beyond the window: causal as if the query stood window + 1 positions earlier.
     shift = window + 1

@@ -80,15 +80,44 @@ class CUDNN(CausalKernel):
         return dq, sum_groups(dk, groups), sum_groups(dv, groups)
 
 
-class FlashAttention2(CausalKernel):
+class FlashAttention2(VarlenKernel):
     """The flash-attn package (arXiv 2307.08691), version 2.7 and later. Its tensors are [B, S, heads, H]."""
+
+    def forward_varlen(
+        self, q: Tensor, k: Tensor, v: Tensor, of_q: Lengths, of_k: Lengths, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+
+        lengths = of_q.ends, of_k.ends, of_q.longest, of_k.longest
+        out, lse, *_ = _flash_attn_varlen_forward(q, k, v, *lengths, 0.0, scale, causal, *_NO_WINDOW)
+        return out, lse
+
+    def backward_varlen(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        of_q: Lengths,
+        of_k: Lengths,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
+
+        dq, dk, dv = _room(q, k, v)
+        lengths = of_q.ends, of_k.ends, of_q.longest, of_k.longest
+        options = 0.0, scale, causal, *_NO_WINDOW, 0.0, None
+        _flash_attn_varlen_backward(dout, q, k, v, out, lse, dq, dk, dv, *lengths, *options, deterministic=False)
+        return dq, dk, dv
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         from flash_attn.flash_attn_interface import _flash_attn_forward
 
-        out, lse, *_ = _flash_attn_forward(
-            *(x.transpose(1, 2) for x in (q, k, v)), 0.0, scale, causal, -1, -1, 0.0, None, False
-        )
+        tensors = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse, *_ = _flash_attn_forward(*tensors, 0.0, scale, causal, *_NO_WINDOW, 0.0, None, False)
         return out.transpose(1, 2), lse
 
     def _backward(
@@ -96,37 +125,92 @@ class FlashAttention2(CausalKernel):
     ) -> tuple[Tensor, Tensor, Tensor]:
         from flash_attn.flash_attn_interface import _flash_attn_backward
 
-        gradients = _like(q, k, v)
-        tensors = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-        _flash_attn_backward(
-            *tensors, lse.contiguous(), *gradients, 0.0, scale, causal, -1, -1, 0.0, None, deterministic=False
-        )
+        tensors = [x.transpose(1, 2) for x in (dout, q, k, v, out)]
+        gradients = _room(*tensors[1:4])
+        options = 0.0, scale, causal, *_NO_WINDOW, 0.0, None
+        _flash_attn_backward(*tensors, lse.contiguous(), *gradients, *options, deterministic=False)
         dq, dk, dv = (x.transpose(1, 2) for x in gradients)
         return dq, dk, dv
 
 
-class FlashAttention3(CausalKernel):
-    """The flash-attn-3 package (arXiv 2407.08608), for Hopper GPUs. Its tensors are [B, S, heads, H]."""
+class FlashAttention3(VarlenKernel):
+    """The flash-attn-3 package (arXiv 2407.08608), for Hopper GPUs. Its tensors are [B, S, heads, H]; sequences of
+    varying length are a matter of its functions' keywords."""
+
+    def forward_varlen(
+        self, q: Tensor, k: Tensor, v: Tensor, of_q: Lengths, of_k: Lengths, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return self._call_forward(q, k, v, causal, scale, **_keywords(of_q, of_k))
+
+    def backward_varlen(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        of_q: Lengths,
+        of_k: Lengths,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._call_backward(dout, q, k, v, out, lse, causal, scale, **_keywords(of_q, of_k))
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        from flash_attn_interface import _flash_attn_forward
-
-        out, lse, *_ = _flash_attn_forward(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, causal=causal)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = self._call_forward(q, k, v, causal, scale)
         return out.transpose(1, 2), lse
 
     def _backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+        dq, dk, dv = self._call_backward(dout, q, k, v, out, lse.contiguous(), causal, scale)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+    @staticmethod
+    def _call_forward(
+        q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, **lengths: Any
+    ) -> tuple[Tensor, Tensor]:
+        from flash_attn_interface import _flash_attn_forward
+
+        out, lse, *_ = _flash_attn_forward(q, k, v, softmax_scale=scale, causal=causal, **lengths)
+        return out, lse
+
+    @staticmethod
+    def _call_backward(
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+        scale: float,
+        **lengths: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         from flash_attn_interface import _flash_attn_backward
 
-        gradients = _like(q, k, v)
-        sums: dict[str, Any] = dict(zip(("dq", "dk", "dv"), gradients, strict=True))
-        tensors = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-        _flash_attn_backward(*tensors, lse.contiguous(), **sums, softmax_scale=scale, is_causal=causal)
-        dq, dk, dv = (x.transpose(1, 2) for x in gradients)
+        dq, dk, dv = _room(q, k, v)
+        sums = {"dq": dq, "dk": dk, "dv": dv}
+        _flash_attn_backward(dout, q, k, v, out, lse, **sums, **lengths, softmax_scale=scale, is_causal=causal)
         return dq, dk, dv
 
 
-def _like(*tensors: Tensor) -> list[Tensor]:
-    """Room for the gradients of [B, heads, S, H] tensors as [B, S, heads, H]."""
-    return [x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in tensors]
+_NO_WINDOW = -1, -1
+
+
+def _keywords(of_q: Lengths, of_k: Lengths) -> dict[str, Any]:
+    """Lengths as flash-attn-3 is told of them."""
+    return {
+        "cu_seqlens_q": of_q.ends,
+        "cu_seqlens_k": of_k.ends,
+        "max_seqlen_q": of_q.longest,
+        "max_seqlen_k": of_k.longest,
+    }
+
+
+def _room(*tensors: Tensor) -> list[Tensor]:
+    """Contiguous tensors for gradients of these, whatever their strides."""
+    return [x.new_empty(x.shape) for x in tensors]

@@ -10,20 +10,20 @@ run and are there when the next step begins, so every transfer has a step of com
 and in the backward kv as before, `q` with the output and its gradient, and home again dkv and dq (partial sums, fp32).
 
     ring          kv travels from neighbour to neighbour, dkv one step behind it (arXiv 2310.01889)
-    lightseq      kv goes straight to who needs it; ranks that causality leaves idle compute for others
-                  (arXiv 2310.03294), for any number of ranks
+    lightseq      kv goes straight to who needs it; ranks that have less to do compute for others (arXiv 2310.03294),
+                  for any number of ranks, any shards and any documents
     all_gather    kv goes straight to everybody who needs it, one group of heads after another (arXiv 2407.21783)
 
 Pairs of owners without a block (causality, documents, window) are neither computed nor sent.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 KV, Q, OUT, DKV, DQ = "kv", "q", "out", "dkv", "dq"
 
-Pairs = frozenset[tuple[int, int]]
-"""(owner of queries, owner of keys) that have a block."""
+Pairs = Mapping[tuple[int, int], int]
+"""(owner of queries, owner of keys) that have a block -> (query, key) pairs that see each other."""
 
 
 class Task(NamedTuple):
@@ -89,9 +89,12 @@ def ring(ranks: int, pairs: Pairs, parts: int = 1) -> Schedule:
 
 
 def lightseq(ranks: int, pairs: Pairs, parts: int = 1) -> Schedule:
-    """Owners hold contiguous shards. In step t rank r does its own queries with the keys of r - t; ranks r < t, which
-    have no such keys, do the queries of r + ranks - t with their own keys. That is ranks // 2 + 1 steps, and all ranks
-    are busy in all of them (for an even number, half of them in the last).
+    """In step 0 a rank does its own queries with its own keys, then one other pair of owners a step: its own queries
+    with keys that come to it, or as a helper (`_helped`) queries that come to it with its own keys. Every rank does its
+    largest tasks first, so that large ones of all ranks meet in a step: no other order of the same tasks is shorter.
+
+    Contiguous shards of one document give the paper's ranks // 2 + 1 steps, for any number of ranks. All ranks are busy
+    in all of them (for an even number, half of them in the last):
 
         5 ranks            step 0   step 1   step 2
         rank 0             0 <- 0   4 <- 0*  3 <- 0*        * computed for another rank
@@ -104,20 +107,53 @@ def lightseq(ranks: int, pairs: Pairs, parts: int = 1) -> Schedule:
     out: dict[int, list[Message]] = {}
     back: dict[int, list[Message]] = {}
     result: dict[int, list[Message]] = {}
+    helped = _helped(ranks, pairs)
+    todo: list[list[Task]] = [[] for _ in range(ranks)]
     for q, k in pairs:
-        distance = q - k
-        assert distance >= 0, "LightSeq's schedule is for contiguous shards"
-        own = distance <= ranks // 2
-        rank, t = (q, distance) if own else (k, ranks - distance)
-        tasks.setdefault(t, []).append(Task(rank, q, k))
-        if own and distance > 0:
-            out.setdefault(t - 1, []).append(Message(KV, k, k, q))
-            back.setdefault(t + 1, []).append(Message(DKV, k, q, k))
-        elif not own:
-            out.setdefault(t - 1, []).append(Message(Q, q, q, k))
-            result.setdefault(t + 1, []).append(Message(OUT, q, k, q))
-            back.setdefault(t + 1, []).append(Message(DQ, q, k, q))
+        rank = k if (q, k) in helped else q
+        todo[rank].append(Task(rank, q, k))
+
+    def order(task: Task) -> tuple[bool, int, int]:
+        distance = abs(task.q - task.k)
+        return task.q != task.k, -pairs[task.q, task.k], distance if task.rank == task.q else ranks - distance
+
+    for mine in todo:
+        for t, task in enumerate(sorted(mine, key=order)):
+            rank, q, k, _ = task
+            tasks.setdefault(t, []).append(task)
+            if rank != k:
+                out.setdefault(t - 1, []).append(Message(KV, k, k, q))
+                back.setdefault(t + 1, []).append(Message(DKV, k, q, k))
+            elif rank != q:
+                out.setdefault(t - 1, []).append(Message(Q, q, q, k))
+                result.setdefault(t + 1, []).append(Message(OUT, q, k, q))
+                back.setdefault(t + 1, []).append(Message(DQ, q, k, q))
     return Schedule(_steps(tasks, _merged(out, result)), _steps(tasks, _merged(out, back)))
+
+
+def _helped(ranks: int, pairs: Pairs) -> set[tuple[int, int]]:
+    """The pairs that the owner of the keys computes for the owner of the queries.
+
+    The busiest rank gives away the task that leaves its helper with least to do, of equal ones the furthest, for as
+    long as the helper has less to do then than the busiest rank had.
+    """
+    own: list[list[int]] = [[] for _ in range(ranks)]  # owners of the keys of a rank's tasks that it may give away
+    load = [0] * ranks
+    for (q, k), work in pairs.items():
+        load[q] += work
+        if q != k:
+            own[q].append(k)
+    helped: set[tuple[int, int]] = set()
+    while True:
+        busiest = max(range(ranks), key=lambda rank: (load[rank], rank))
+        after = [(load[k] + pairs[busiest, k], -abs(busiest - k), k) for k in own[busiest]]
+        if not after or min(after)[0] >= load[busiest]:
+            return helped
+        helper = min(after)[2]
+        own[busiest].remove(helper)
+        helped.add((busiest, helper))
+        load[busiest] -= pairs[busiest, helper]
+        load[helper] += pairs[busiest, helper]
 
 
 def all_gather(ranks: int, pairs: Pairs, parts: int = 1) -> Schedule:

@@ -1,7 +1,8 @@
 """Which positions each rank holds, chosen by the attention work of a microbatch's documents.
 
-One long document is best dealt in zigzag. Packed documents are not: a rank whose part lies inside long documents has
-more to do than one that holds beginnings. So with documents the map is chosen for each microbatch, among
+One long document is best dealt in zigzag, and for LightSeq, which balances by itself, in contiguous shards. Packed
+documents are not: a rank whose part lies inside long documents has more to do than one that holds beginnings. So with
+documents the map is chosen for each microbatch, among
 
     contiguous    short documents stay on one rank, and next to nothing is sent
     zigzag        a few long ones
@@ -54,7 +55,7 @@ def shards(
 
     Args:
         seq_length: tokens of a sample; ring * ulysses must divide it.
-        comm: how the ring's ranks exchange. LightSeq balances contiguous shards by itself.
+        comm: how the ring's ranks exchange.
         mask: window and sinks.
         chunks: of the sequence that layers compute one after another, with a ring of one rank.
         split: tensor-parallel ranks that share a rank's part of the residual stream.
@@ -62,7 +63,7 @@ def shards(
     if chunks > 1:
         assert ring == 1
         return ShardMap.chunked(seq_length, ulysses, chunks, split)
-    if ring == 1 or comm == "lightseq":
+    if ring == 1:
         return ShardMap.contiguous(seq_length, ring * ulysses)
     return DocumentShards(seq_length, ring, ulysses, comm, mask)
 
@@ -72,7 +73,9 @@ class DocumentShards:
 
     def __init__(self, seq_length: int, ring: int, ulysses: int, comm: str, mask: Mask) -> None:
         self.seq_length, self.ring, self.ulysses, self.comm, self.mask = seq_length, ring, ulysses, comm, mask
-        self.one_document = ShardMap.zigzag(seq_length, ring, ulysses)
+        self.contiguous = ShardMap.contiguous(seq_length, ring * ulysses)
+        self.zigzag = ShardMap.zigzag(seq_length, ring, ulysses)
+        self.one_document = self.contiguous if comm == "lightseq" else self.zigzag
         self._chosen: OrderedDict[bytes, ShardMap] = OrderedDict()
         self._lock = Lock()  # the loader asks from a thread of its own
 
@@ -94,8 +97,7 @@ class DocumentShards:
         return min((cost for cost in costs if cost[0] <= WORTH * shortest), key=lambda cost: (cost[1], cost[0]))[2]
 
     def _candidates(self, documents: Documents) -> Iterator[ShardMap]:
-        yield ShardMap.contiguous(self.seq_length, self.ring * self.ulysses)
-        yield self.one_document
+        yield from (self.contiguous, self.zigzag)
         for parts in (each * self.ring for each in PARTS):
             if self.seq_length % parts == 0:
                 work = work_of_parts(self.seq_length, parts, self.mask, documents)

@@ -42,11 +42,16 @@ class Work:
         self._comm, self._parts = comm, parts
 
     @cached_property
+    def _pairs(self) -> dict[tuple[int, int], int]:
+        """(owner of queries, owner of keys) -> (query, key) pairs, where there are some."""
+        ranks = range(len(self.held))
+        counts = {(q, k): sum(block.pairs for block in self._between(q, k)) for q in ranks for k in ranks}
+        return {owners: count for owners, count in counts.items() if count}
+
+    @cached_property
     def schedule(self) -> Schedule:
         """Who computes them when, and what travels, where the owners are ranks."""
-        ranks = range(len(self.held))
-        pairs = frozenset((q, k) for q in ranks for k in ranks if any(True for _ in self._between(q, k)))
-        return SCHEDULES[self._comm](len(self.held), pairs, self._parts)
+        return SCHEDULES[self._comm](len(self.held), self._pairs, self._parts)
 
     @property
     def documents(self) -> list[Sequence[int]] | None:
@@ -83,4 +88,4 @@ class Work:
 
     def pairs(self, task: Task) -> float:
         """(query, key) pairs of a task: its share of the attention's work, up to heads and samples."""
-        return sum(block.pairs for block in self.blocks(task.q, task.k)) / self.schedule.parts
+        return self._pairs[task.q, task.k] / self.schedule.parts

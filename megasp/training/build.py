@@ -1,6 +1,6 @@
 """Builds what a run trains, in one visible order: stages, master weights and gradient sync, pipeline, optimizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -17,8 +17,8 @@ from megasp.pipeline.executor import Pipeline
 from megasp.pipeline.schedules import placement
 from megasp.sequence_parallel import Mask, SequenceAttention, kernels
 from megasp.sequence_parallel.shards import Shards, shards
+from megasp.training.host_optimizer import MasterOptimizer
 from megasp.training.loss_scale import LossScale
-from megasp.training.optimizer import build_optimizer
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Training:
     model: nn.ModuleList
     pipeline: Pipeline
     replicas: Replicas | WeightShards
-    optimizer: torch.optim.AdamW
+    optimizer: MasterOptimizer
     loss_scale: LossScale
     attention_kernel: str
 
@@ -57,23 +57,11 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
     """
     dtype = dtype or getattr(torch, config.training.compute_dtype)
     kernel = attention_kernel(config, state.device, dtype)
-    context = split_context(config)
-    mask = Mask(config.model.window_size, config.model.attention_sinks)
+    held, attend = _attention(config, state, kernel)
     activations, plan = config.activations, config.pipeline
-    chunks, split_over = activations.sequence_chunks, state.tp.size if config.parallel.sequence_parallel else 1
-    held = shards(
-        config.training.seq_length, state.ring.size, state.ulysses.size, context.ring_mode, mask, chunks, split_over
-    )
-    attend = SequenceAttention(
-        state,
-        held,
-        kernel,
-        context.ring_mode,
-        mask,
-        config.parallel.ulysses_head_chunks,
-        sequence_chunks=chunks,
-        copies=copier(state.device) if activations.cpu_offloading_attention else None,
-    )
+    zero, weights_on_host = config.parallel.zero_stage, config.offload.cpu_offloading_weights
+    shares_out = zero > 0 and (state.axes["dp_cp"].size > 1 or weights_on_host)
+    factory = Factory(state.device, dtype, config.training.seed)
     owner = placement(plan.schedule, plan.ranks, plan.chunks)
     stages = {
         stage.number: GPTModel(
@@ -88,7 +76,7 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
             tiled_mlp=mlp_tiles(config, state.layout),
             head_bytes=head_bytes(config),
             offloaded_layers=activations.offloaded(len(stage.layers)),
-            factory=Factory(state.device, dtype, config.training.seed),
+            factory=replace(factory, device="meta") if shares_out else factory,
         )
         for stage in split(config)
         if owner[stage.number] == state.pp.rank
@@ -97,15 +85,29 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
     gradient_dtype = torch.bfloat16 if config.training.grad_reduce_in_bf16 else None
     widen = config.training.widens_gradients(state.device.type)
     replicas: Replicas | WeightShards
-    zero = config.parallel.zero_stage
-    if zero and state.axes["dp_cp"].size > 1:
-        replicas = WeightShards(list(stages.values()), state, zero, gradient_dtype, plan.defers_weight_gradients, widen)
+    if shares_out:
+        deferred = plan.defers_weight_gradients
+        replicas = WeightShards(
+            list(stages.values()), factory, state, zero, gradient_dtype, deferred, widen, weights_on_host
+        )
     else:
-        replicas = Replicas(model, state.gradients, gradient_dtype, widen)
+        replicas = Replicas(model, state.gradients, gradient_dtype, widen, config.offload.optimizer_share)
     pipeline = Pipeline(plan, stages, state, replicas.begin_microbatch, dtype)
-    optimizer = build_optimizer(replicas.masters, config.optimizer)
+    optimizer = MasterOptimizer(replicas.masters, config.optimizer, config.offload.optimizer_share)
     loss_scale = LossScale.of(config)
     return Training(config, state, held, model, pipeline, replicas, optimizer, loss_scale, kernel)
+
+
+def _attention(config: Config, state: ParallelState, kernel: str) -> tuple[Shards, SequenceAttention]:
+    """Who holds which positions, and attention over them."""
+    context, parallel, activations = split_context(config), config.parallel, config.activations
+    mask, chunks = Mask(config.model.window_size, config.model.attention_sinks), activations.sequence_chunks
+    split_over = state.tp.size if parallel.sequence_parallel else 1
+    sizes = config.training.seq_length, state.ring.size, state.ulysses.size
+    held = shards(*sizes, context.ring_mode, mask, chunks, split_over)
+    copies = copier(state.device) if activations.cpu_offloading_attention else None
+    options = context.ring_mode, mask, parallel.ulysses_head_chunks
+    return held, SequenceAttention(state, held, kernel, *options, sequence_chunks=chunks, copies=copies)
 
 
 def attention_kernel(config: Config, device: torch.device, dtype: torch.dtype) -> str:

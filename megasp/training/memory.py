@@ -16,11 +16,13 @@ from megasp.config.schema import Config
 from megasp.config.stages import Stage, split
 from megasp.config.tiles import head_bytes, mlp_tiles
 from megasp.data_parallel.memory import StateBytes, state_bytes
+from megasp.errors import ConfigError
 from megasp.model import memory as model_memory
 from megasp.model.memory import Sizes
 from megasp.pipeline.memory import Peak, StageBytes, peak
 from megasp.pipeline.schedules import placement, schedule
 from megasp.sequence_parallel.memory import AttentionSizes
+from megasp.training.host_optimizer import in_transit
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Account:
         peak: the fullest moment of its step.
         layer: kind -> what a layer keeps of one microbatch.
         tokens: of one microbatch on this rank.
-        host: the most bytes of activations on the host.
+        host: component -> bytes in the host's memory at that moment.
     """
 
     rank: int
@@ -42,7 +44,7 @@ class Account:
     peak: Peak
     layer: dict[str, int]
     tokens: int
-    host: int
+    host: dict[str, int]
 
     @property
     def static(self) -> int:
@@ -61,6 +63,11 @@ class Account:
     def fullest(self) -> str:
         """The action at whose time most is held, such as 0B3: the backward of microbatch 3 on stage 0."""
         return str(self.peak.action)
+
+    @property
+    def on_host(self) -> int:
+        """All that is in the host's memory."""
+        return sum(self.host.values())
 
     def rows(self) -> list[tuple[str, int]]:
         """Component -> bytes, which add up to `total`."""
@@ -111,14 +118,20 @@ def account(
     shards = layout.dp_inner * layout.cp
     zero = config.parallel.zero_stage if zero is None else zero
     ranks, microbatches = shards * layout.dp_outer, config.num_microbatches(layout)
-    states = state_bytes(elements, layer, heads, sizes.item, ranks, shards, zero, gradient_item, microbatches)
-    growing = max(sizes.item, 4) if states.growing else 0
-    stages = {stage.number: _stage(config, sizes, stage, growing, states.reducing) for stage in mine}
+    share, host_weights = config.offload.optimizer_share, config.offload.cpu_offloading_weights
+    states = state_bytes(
+        elements, layer, heads, sizes.item, ranks, shards, zero, gradient_item, microbatches, share, host_weights
+    )
+    stages = {stage.number: _stage(config, sizes, stage, states.growing, states.reducing) for stage in mine}
     steps = schedule(plan.schedule, plan.ranks, microbatches, plan.chunks)
     fullest = peak(steps, pipeline_rank, stages, sizes.rows * model.hidden_size * sizes.item)
     live = Counter(fullest.live) + Counter([fullest.action.stage] * (fullest.action.kind == "F"))
-    host = sum(count * sum(piece.host for piece in stages[number].pieces) for number, count in live.items())
-    host += max(piece.host_working for stage in stages.values() for piece in stage.pieces)
+    activations = sum(count * sum(piece.host for piece in stages[number].pieces) for number, count in live.items())
+    activations += max(piece.host_working for stage in stages.values() for piece in stage.pieces)
+    host = states.host | ({"activations": activations} if activations else {})
+    if share:
+        matrices = [model_memory.largest_matrix(model, layout.tp), *(n for end in ends.values() for n in end.values())]
+        host["in transit"] = in_transit(max(matrices) // (shards if zero else 1), sizes.item)
     return Account(
         layout.rank(dict.fromkeys(("dp_outer", "dp_inner", "ring", "ulysses", "tp"), 0) | {"pp": pipeline_rank}),
         pipeline_rank,
@@ -128,6 +141,29 @@ def account(
         sizes.tokens,
         host,
     )
+
+
+def check_host_memory(config: Config, layout: Layout, ranks: int, memory: int) -> None:
+    """Refuse to offload more than there is room for.
+
+    Args:
+        ranks: on this machine; `memory`: its bytes.
+    Raises:
+        ConfigError: they need more.
+    """
+    activations = config.activations
+    kept_there = activations.cpu_offloading_activations or activations.cpu_offloading_attention
+    if not (config.offload.optimizer_cpu_offload or kept_there):
+        return
+    fullest = max((account(config, layout, rank) for rank in range(layout.pp)), key=lambda each: each.on_host)
+    if ranks * fullest.on_host > memory:
+        held = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in fullest.host.items())
+        raise ConfigError(
+            f"offloading {ranks * fullest.on_host / 1e9:.0f} GB to a host that has {memory / 1e9:.0f}",
+            f"each of its {ranks} ranks keeps {fullest.on_host / 1e9:.1f} GB there ({held})",
+            "use a smaller --optimizer-offload-fraction, shard over more ranks by "
+            "--data-parallel-sharding-strategy, or use fewer ranks a machine",
+        )
 
 
 def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
@@ -171,7 +207,7 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
     )
 
 
-def _stage(config: Config, sizes: Sizes, stage: Stage, growing: int, reducing: int) -> StageBytes:
+def _stage(config: Config, sizes: Sizes, stage: Stage, growing: float, reducing: int) -> StageBytes:
     """One microbatch through a stage; `growing` is the bytes of a gradient that has no buffer, `reducing` of those of a
     layer that are reduced meanwhile."""
     model = config.model
@@ -190,7 +226,7 @@ def _stage(config: Config, sizes: Sizes, stage: Stage, growing: int, reducing: i
         pieces.append(model_memory.last_footprint(model, sizes))
         gradients.append(ends["final norm"] + ends.get("head", 0))
     tables = model_memory.tables(model, sizes)
-    return StageBytes(pieces, [growing * count for count in gradients], tables, reducing, int(stage.last))
+    return StageBytes(pieces, [round(growing * count) for count in gradients], tables, reducing, int(stage.last))
 
 
 def table(accounts: Sequence[Account], measured: Mapping[str, Sequence[int]] | None = None) -> list[str]:
@@ -199,11 +235,13 @@ def table(accounts: Sequence[Account], measured: Mapping[str, Sequence[int]] | N
     found = [dict(each.rows()) for each in accounts]
     rows: list[tuple[str, Sequence[int]]] = [(name, [held.get(name, 0) for held in found]) for name in names]
     rows += [("sum", [each.total for each in accounts]), *(measured or {}).items()]
-    if any(each.host for each in accounts):
-        rows.append(("beside it on the host", [each.host for each in accounts]))
-    lines = [f"{'pipeline rank':22}" + "".join(f"{each.pipeline_rank:>10}" for each in accounts)]
-    lines += [f"{name:22}" + "".join(f"{size / 1e9:10.2f}" for size in sizes) + " GB" for name, sizes in rows]
-    return [*lines, f"{'fullest in':22}" + "".join(f"{each.fullest:>10}" for each in accounts)]
+    away = list(dict.fromkeys(name for each in accounts for name in each.host))
+    rows += [(f"on the host: {name}", [each.host.get(name, 0) for each in accounts]) for name in away]
+    rows += [("on the host: sum", [each.on_host for each in accounts])] if len(away) > 1 else []
+    width = max(22, *(len(name) for name, _ in rows))
+    lines = [f"{'pipeline rank':{width}}" + "".join(f"{each.pipeline_rank:>10}" for each in accounts)]
+    lines += [f"{name:{width}}" + "".join(f"{size / 1e9:10.2f}" for size in sizes) + " GB" for name, sizes in rows]
+    return [*lines, f"{'fullest in':{width}}" + "".join(f"{each.fullest:>10}" for each in accounts)]
 
 
 def layer_table(each: Account) -> list[str]:

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from megasp import checkpoints, log, parallel_state
-from megasp.config.context_parallel import split_context
+from megasp import checkpoints, log, parallel_state, process_group
+from megasp.config.context_parallel import on_nodes, split_context
 from megasp.config.load import load, parser, to_yaml
 from megasp.config.schema import Config
 from megasp.config.stages import split, table
@@ -25,6 +24,7 @@ from megasp.errors import CheckpointError, DataError
 from megasp.model.flops import flops_per_token, parameter_count
 from megasp.pipeline import trace
 from megasp.pipeline.schedules import placement
+from megasp.process_group import leave
 from megasp.training import communication, resume
 from megasp.training.build import Training, build
 from megasp.training.datasets import (
@@ -37,7 +37,7 @@ from megasp.training.datasets import (
 )
 from megasp.training.devices import peak_tflops
 from megasp.training.learning_rate import learning_rate
-from megasp.training.memory import account
+from megasp.training.memory import account, check_host_memory
 from megasp.training.memory import table as memory_table
 from megasp.training.metrics import Metrics, Run, peak_memory_gib
 from megasp.training.resume import Progress
@@ -57,18 +57,31 @@ def main(argv: Sequence[str], prog: str) -> int:
         return 0
     for note in notes:
         log.info(note)
-    config = resolve(config)
+    config = on_nodes(resolve(config), process_group.ranks_of_node())
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     layout = validate(config, world_size, _device_type(config))
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    check_host_memory(config, layout, ranks_here, host_memory())
+    if config.offload.optimizer_cpu_offload:  # torchrun leaves each rank one
+        torch.set_num_threads(max(torch.get_num_threads(), (os.cpu_count() or 1) // ranks_here))
+        log.info(f"the optimizer's step on the host runs in {torch.get_num_threads()} threads of each rank")
     device = parallel_state.initialize_distributed(
         config.parallel.distributed_backend, config.parallel.distributed_timeout_minutes
     )
     try:
+        if config.parallel.nproc_per_node is not None:
+            process_group.check_nodes_agree(config.parallel.nproc_per_node, device)
         pretrain(build(config, parallel_state.build(layout, device)))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except BaseException:
+        leave(failed=True)
+        raise
+    leave(failed=False)
     return 0
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _device_type(config: Config) -> str:
@@ -246,7 +259,7 @@ def _introduce(training: Training, datasets: Datasets, phases: Sequence[Phase], 
     dtype = str(training.dtype).removeprefix("torch.")
     log.info(f"layout {layout.name}: {layout.describe()}, on {training.state.device.type}")
     context = split_context(config)
-    if context.reason and layout.cp > 1:
+    if context.reason:
         log.info(f"context parallel {layout.cp}: {context.reason}")
     if config.activations.activation_tile_mb is not None:
         log.info(

@@ -40,7 +40,7 @@ def shards(training: Training, optimizer: bool) -> list[Shard]:
     """The master weights of this rank, and with `optimizer` their moments."""
     owner = training.replicas.owner
     held = []
-    for master in training.replicas.masters:
+    for master in training.optimizer.masters:
         tensors = {"model": master.data}
         if optimizer:
             tensors |= {kind: training.optimizer.state[master][kind] for kind in ("exp_avg", "exp_avg_sq")}
@@ -61,7 +61,7 @@ def save(training: Training, progress: Progress, phases: Sequence[Phase], saver:
         "data": {"phases": to_json(phases)},
         "rng": {"seed": config.training.seed},
         "has_optimizer": not config.checkpoint.no_save_optim,
-        "optimizer_steps": steps_taken(training.optimizer),
+        "optimizer_steps": max(steps_taken(part) for part in training.optimizer.parts),
         "loss_scale": training.loss_scale.state(),
         "versions": {
             "megasp": __version__,
@@ -159,9 +159,11 @@ def resume(training: Training, found: Found | None) -> Progress:
         _check_seed(manifest, training.config)
     held = shards(training, optimizer=with_optimizer)
     checkpoints.load(directory, held, verify_hashes=False, manifest=manifest)  # `find` has verified
+    training.optimizer.publish()
     training.replicas.publish()
     progress = Progress() if found.weights_alone else Progress(**manifest.metadata["progress"])
-    set_step(training.optimizer, manifest.metadata["optimizer_steps"] if with_optimizer else 0)
+    for part in training.optimizer.parts:
+        set_step(part, manifest.metadata["optimizer_steps"] if with_optimizer else 0)
     if with_optimizer and saved_in_fp16(manifest):
         training.loss_scale.resume(manifest.metadata["loss_scale"])
     what = "weights alone" if found.weights_alone else f"step {progress.step}"

@@ -34,7 +34,7 @@ class Checkpoints:
                 training.state,
                 Retention(options.keep_last, options.keep_every),
                 background=options.async_save,
-                optimizer=training.optimizer,
+                optimizer=training.optimizer.parts[0],
                 timeout_minutes=training.config.parallel.distributed_timeout_minutes,
             )
 

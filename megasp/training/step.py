@@ -44,8 +44,8 @@ def accumulate_gradients(training: Training, microbatches: Sequence[Batch]) -> t
     tokens = _count(training, microbatches)
     total = training.pipeline.train(microbatches, max(tokens, 1) / training.loss_scale.scale)
     training.replicas.finish()
-    sum_partial_(training.replicas.masters, training.state.tp)
-    sum_tied_(training.tied, training.state.ends)
+    sum_partial_(training.replicas.masters, training.state.tp, training.state.device)
+    sum_tied_(training.tied, training.state.ends, training.state.device)
     return _mean(training, total, tokens), tokens
 
 
@@ -59,7 +59,8 @@ def apply_gradients(training: Training, lr: float) -> float:
     finite = bool(torch.isfinite(norm))
     if finite:
         clip_(masters, norm, training.config.optimizer.clip_grad, scale.scale)
-        set_learning_rate(training.optimizer, lr)
+        for part in training.optimizer.parts:
+            set_learning_rate(part, lr)
         training.optimizer.step()
     scale.update(overflow=not finite)
     training.replicas.publish()

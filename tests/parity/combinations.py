@@ -28,6 +28,7 @@ from megasp.data_parallel import replicas
 from megasp.errors import ConfigError
 from megasp.model import loss, offload
 from megasp.parallel_state import ParallelState
+from megasp.training import host_optimizer
 from megasp.training.build import build
 from megasp.training.datasets import build_datasets, build_loader, resolve
 from megasp.training.step import accumulate_gradients, apply_gradients
@@ -114,12 +115,19 @@ HOW: dict[str, Option] = {
     "tiled_mlp": option(1, 2, 5),
     "attention_backend": option("auto", "unfused"),
     "weight_gradient_dtype": option("auto", "fp32", "compute"),
+    "host": option(
+        {}, {"optimizer_cpu_offload": True}, {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5},
+        {"optimizer_cpu_offload": True, "cpu_offloading_weights": True}),
+    "chunks": option(
+        {}, {"sequence_chunks": 2}, {"sequence_chunks": 4},
+        {"sequence_chunks": 2, "cpu_offloading_activations": True, "cpu_offloading_attention": True}),
 }  # fmt: skip
 """How it is trained: all that must not change it."""
 
 SIZES: dict[str, Option] = {
     "loss.CHUNK_BYTES": option(loss.CHUNK_BYTES, 9000),
     "replicas.BUCKET_ELEMENTS": option(replicas.BUCKET_ELEMENTS, 3000),
+    "host_optimizer.BUCKET_ELEMENTS": option(host_optimizer.BUCKET_ELEMENTS, 3000),
 }
 """Sizes that are no flags, which a small model would never reach: names in their modules."""
 
@@ -133,7 +141,7 @@ PRECISIONS: dict[str, tuple[Values, torch.dtype, float]] = {
 """Name -> flags, the dtype that is computed in, and the largest relative difference: of any tensor in fp64, where it is
 a test of everything; in lower precision of the loss and of all gradients of the first step together."""
 
-MODULES = {"loss": loss, "replicas": replicas}
+MODULES = {"loss": loss, "replicas": replicas, "host_optimizer": host_optimizer}
 
 
 @dataclass(frozen=True)
@@ -155,6 +163,13 @@ class Combination:
             "ulysses_size": layout.ulysses, "ring_size": layout.ring,
         }  # fmt: skip
         return BASE | self.what | axes | self.how | PRECISIONS[self.precision][0]
+
+    @property
+    def said(self) -> str:
+        """What differs from the plainest values, to run it again by hand."""
+        plain = {name: each.values[0] for table in (WHAT, HOW) for name, each in table.items()}
+        options = {k: v for k, v in (self.what | self.how).items() if k not in plain or plain[k] != v}
+        return f"{self.precision} on {self.layout.name}: {options} {self.sizes}"
 
     @property
     def plain(self) -> Config:
@@ -210,7 +225,8 @@ def check(combination: Combination, seen: Seen) -> None:
     Raises:
         AssertionError: it trains otherwise.
     """
-    layout, wants_offload = combination.layout, combination.how.get("cpu_offloading_activations")
+    layout, how = combination.layout, combination.how
+    wants_offload = how.get("cpu_offloading_activations") or how.get("optimizer_cpu_offload")
     try:
         config = resolve(from_values(combination.given))
         # Offloading is refused on a CPU for it gains nothing; plain copies stand in for it here.
@@ -244,7 +260,7 @@ def _train(config: Config, state: ParallelState, dtype: torch.dtype) -> Trace:
             trace.losses.append(accumulate_gradients(training, loader.step())[0])
             trace.gradients.extend(item for p in training.replicas.masters for item in _boxes(step, p, p.grad))
             trace.norms.append(apply_gradients(training, 1e-3))
-    trace.weights.extend(item for p in training.replicas.masters for item in _boxes(0, p, p.data))
+    trace.weights.extend(item for p in training.optimizer.masters for item in _boxes(0, p, p.data))
     return trace
 
 

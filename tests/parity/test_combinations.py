@@ -13,7 +13,12 @@ seen = Seen()
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_trains_as_one_process_or_is_refused(seed: int) -> None:
-    check(drawn(seed, 8 if FULL else 4), seen)
+    combination = drawn(seed, 8 if FULL else 4)
+    try:
+        check(combination, seen)
+    except Exception as error:
+        error.add_note(combination.said)
+        raise
 
 
 def test_many_were_trained_and_some_refused() -> None:

@@ -12,13 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from megasp import parallel_state
 from megasp.config.layout import Layout
 from megasp.config.load import from_values
 from megasp.config.validate import validate
 from megasp.data import IndexedDatasetBuilder
 from megasp.errors import ConfigError
+from megasp.training.build import build
+from megasp.training.datasets import build_datasets, build_loader
+from megasp.training.step import train_step
 from megasp.verify import DEFAULTS, TOLERANCES, compare, in_layout
+from tests.ranks import run_ranks
 
 LAYOUTS = [
     Layout(tp=tp, ulysses=ulysses, dp_inner=dp)
@@ -71,6 +77,32 @@ def test_same_training(name: str) -> None:
     assert layouts
     for layout, worst in compare(config, layouts):
         assert worst.overall <= TOLERANCES["fp64"], (layout.name, worst)
+
+
+def _gathered(layout: Layout, given: dict[str, Any]) -> float:
+    """Bytes that this rank sends in all-gathers of the tensor-parallel axis in a step, in residual streams."""
+    config = in_layout(from_values(DEFAULTS | given), layout)
+    state = parallel_state.build(layout, torch.device("cpu"))
+    training = build(config, state, torch.float64)
+    with build_loader(config, state, training.shards, build_datasets(config).train) as loader:
+        batches = loader.step()
+        train_step(training, batches, 1e-3)
+    stream = config.training.seq_length * config.model.hidden_size * 8
+    return state.tp.traffic.bytes_sent.get("all_gather", 0) / stream / len(batches)
+
+
+@pytest.mark.parametrize("granularity", ["full", "all-but-attention"])
+def test_saved_inputs_shared_out(granularity: str) -> None:
+    """They train the same. Half of a layer's input is sent in the backward of a microbatch, but for the first layer of
+    a stage that gets it from another; 4 layers, and statistics of the loss that are gathered anyway."""
+    given = {"recompute_granularity": granularity, "distribute_saved_activations": True, "num_layers": 4}
+    layouts = [Layout(tp=2), Layout(pp=2, tp=2)]
+    for layout, worst in compare(from_values(DEFAULTS | given), layouts):
+        assert worst.overall <= TOLERANCES["fp64"], (layout.name, worst)
+    for layout, expected in zip(layouts, ([2.0, 2.0], [1.0, 1.0, 0.5, 0.5]), strict=True):
+        with_it = run_ranks(_gathered, layout.world_size, layout, given)
+        without = run_ranks(_gathered, layout.world_size, layout, given | {"distribute_saved_activations": False})
+        assert [a - b for a, b in zip(with_it, without, strict=True)] == pytest.approx(expected)
 
 
 def test_padded_samples(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ import itertools
 import math
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from megasp import parallel_state
+from megasp import parallel_state, process_group
 from megasp.config.layout import AXES, UNIONS, Layout
+from megasp.errors import ConfigError
 from tests.ranks import run_ranks
 
 
@@ -17,8 +19,6 @@ def factorisations(world_size: int) -> list[Layout]:
 
 
 def _groups_match(layouts: list[Layout]) -> None:
-    import torch
-
     for layout in layouts:
         state = parallel_state.build(layout, torch.device("cpu"))
         for name, axes in {**{axis: (axis,) for axis in AXES}, **UNIONS}.items():
@@ -35,3 +35,17 @@ def _groups_match(layouts: list[Layout]) -> None:
 def test_groups_on_ranks(world_size: int) -> None:
     layouts = factorisations(world_size)
     run_ranks(_groups_match, world_size, layouts if world_size < 8 else layouts[::6])
+
+
+def _nodes_of(sizes: list[int]) -> str:
+    try:
+        process_group.check_nodes_agree(sizes[dist.get_rank()], torch.device("cpu"))
+    except ConfigError as error:
+        return str(error)
+    return "agreed"
+
+
+def test_ranks_agree_on_the_size_of_nodes() -> None:
+    assert run_ranks(_nodes_of, 2, [8, 8]) == ["agreed"] * 2
+    for said in run_ranks(_nodes_of, 2, [8, 4]):
+        assert "nodes of 4 to 8 ranks" in said and "give --nproc-per-node" in said

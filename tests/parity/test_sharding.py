@@ -141,17 +141,47 @@ def _sent_and_held(layout: str, bf16_gradients: bool) -> tuple[dict[str, float],
     ("layout", "bf16", "gathered", "reduced", "outer"),
     [
         # gathers of 2 bytes, reductions of 4 or 2, half of each leaves a rank of two; by microbatch, of which there are
-        # 4 (2 with dp4). ZeRO-3 gathers twice but for embedding and the group of norm and head.
+        # 4 (2 with dp4). ZeRO-3 gathers twice but for embedding and head.
         ("dp2-zero1", False, (1 / 4, 1 / 4), 4 / 2 / 4, 0),
         ("dp2-zero1", True, (1 / 4, 1 / 4), 2 / 2 / 4, 0),
         ("dp2-zero2", False, (1 / 4, 1 / 4), 4 / 2, 0),
         ("dp2-zero3", False, (1, 2), 4 / 2, 0),
-        ("dp4-dpo2-zero2", False, (1 / 2, 1 / 2), 4 / 2, 4),
+        ("dp4-dpo2-zero2", False, (1 / 2, 1 / 2), 4 / 2, 5),
     ],
 )
 def test_sent_and_held(layout: str, bf16: bool, gathered: tuple[float, float], reduced: float, outer: int) -> None:
-    """Groups: embedding, two blocks, the rest. WeightShards of replicas are summed once a step."""
+    """Groups: embedding, two blocks, norm, head. WeightShards of replicas are summed once a step."""
     for sent, held, calls in run_ranks(_sent_and_held, Layout.parse(layout).world_size, layout, bf16):
         assert held == 0.5 and sent["reduce_scatter"] == reduced, sent
         assert gathered[0] <= sent["all_gather"] <= gathered[1], sent
         assert calls.get("all_reduce", 0) == outer
+
+
+RECOMPUTES: list[dict[str, Any]] = [
+    {},
+    {"recompute_granularity": "full"},
+    {"recompute_granularity": "full", "recompute_num_layers": 2},
+    {"recompute_granularity": "all-but-attention"},
+    {"recompute_granularity": "selective", "recompute_modules": ("mlp", "layernorm")},
+]
+
+
+def _gathers(layers: int) -> list[int]:
+    """Of a step of one microbatch, with each recompute."""
+    found = []
+    for recompute in RECOMPUTES:
+        flags = {"num_layers": layers, "untie_embeddings_and_output_weights": True, "global_batch_size": 2}
+        training = started("dp2-zero3", flags | recompute, torch.bfloat16)
+        assert isinstance(training.replicas, WeightShards)
+        with build_loader(
+            training.config, training.state, training.shards, build_datasets(training.config).train
+        ) as loader:
+            train_step(training, loader.step(), 1e-3)
+        found.append(training.replicas.shard_axis.traffic.calls["all_gather"])
+    return found
+
+
+def test_recompute_gathers_nothing_again() -> None:
+    """Embedding and head once, blocks and the final norm once forward and once backward: a block that is made again
+    finds the weights that its backward has gathered."""
+    assert run_ranks(_gathers, 2, 4)[0] == [2 + 2 * (4 + 1)] * len(RECOMPUTES)

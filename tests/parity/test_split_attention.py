@@ -77,7 +77,7 @@ def documents_of(case: Case, length: int) -> list[np.ndarray] | None:
 
 def shards_of(case: Case, length: int) -> Shards:
     parts = 2 * case.ring
-    if case.dealt and case.mode != "lightseq" and length % parts == 0:
+    if case.dealt and length % parts == 0:
         draws = random.Random(str(case))
         return ShardMap.balanced(length, case.ring, case.ulysses, [draws.random() for _ in range(parts)])
     return shards(length, case.ring, case.ulysses, case.mode, case.mask)

@@ -2,6 +2,8 @@
 
 import errno
 import logging
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,21 @@ def test_in_the_background(tmp_path: Path) -> None:
         assert front.keys() == back.keys() and all(torch.equal(front[key], back[key]) for key in front)
     train_here(f"{MOCK} --save-interval 1 --save {tmp_path}/few --async-save --keep-last 2 --keep-every 3")
     assert [path.name[-1] for path in sorted((tmp_path / "few").glob("step_*"))] == ["3", "5", "6"]
+
+
+def test_saves_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is due while another is at work waits for it, and both are there."""
+    write, at_work, most = safetensors_file.write, threading.Semaphore(1), []
+
+    def slow(*args: Any) -> Any:
+        most.append(at_work.acquire(blocking=False))
+        time.sleep(0.05)
+        at_work.release()
+        return write(*args)
+
+    monkeypatch.setattr(safetensors_file, "write", slow)
+    train_here(f"{MOCK} --save {tmp_path} --save-interval 1 --async-save")
+    assert most == [True] * 6 and len(list(tmp_path.glob("step_*"))) == 6
 
 
 class FullDisk:

@@ -48,7 +48,7 @@ def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ("fly", "megasp: unknown command fly: the commands are train-tokenizer, "),
         ("data", "megasp: megasp data: .*; write megasp data inspect or megasp data verify"),
         ("data fly", "megasp: megasp data.*: .*; write megasp data inspect"),
-        ("convert", "write megasp convert from-hf or megasp convert to-hf"),
+        ("convert", "write megasp convert from-hf or megasp convert from-megatron or megasp convert to-hf"),
         ("doctor --fast", "megasp: unknown argument --fast"),
         ("pretrain --num-layres 2", "megasp: unknown argument --num-layres: .*did you mean --num-layers"),
         ("pretrain --fp8-hybrid", "megasp: --fp8-hybrid is not supported: fp8 and fp4 training is not built yet"),

@@ -9,7 +9,8 @@ from megasp.config.layout import Layout
 from megasp.config.load import from_values
 from megasp.config.schema import Config
 from megasp.config.validate import validate
-from megasp.training.memory import account
+from megasp.errors import ConfigError
+from megasp.training.memory import account, check_host_memory
 
 SMALL: dict[str, Any] = {
     "num_layers": 4, "hidden_size": 256, "ffn_hidden_size": 704, "num_attention_heads": 8,
@@ -27,6 +28,7 @@ TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 SP = {TP: 2, "sequence_parallel": True}
 SELECTIVE = {"recompute_granularity": "selective"}
 
+HOST = {"optimizer_cpu_offload": True}
 CASES: dict[str, tuple[dict[str, Any], int]] = {
     "plain": ({}, 1),
     "fp32": ({"bf16": False}, 1),
@@ -62,7 +64,15 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "u-r-tp": ({"ulysses_size": 2, "ring_size": 2} | SP, 8),
     "zero1": ({"data_parallel_sharding_strategy": "optim", "global_batch_size": 4}, 2),
     "zero2": ({"data_parallel_sharding_strategy": "optim_grads", "global_batch_size": 4}, 2),
+    "zero1-once": ({"data_parallel_sharding_strategy": "optim"}, 2),
+    "zero3-once": ({"data_parallel_sharding_strategy": "optim_grads_params"}, 2),
     "zero3": ({"data_parallel_sharding_strategy": "optim_grads_params", "global_batch_size": 4}, 2),
+    "host": (HOST | {"seq_length": 1024}, 1),
+    "host-half": (HOST | {"optimizer_offload_fraction": 0.5, "seq_length": 1024}, 1),
+    "host-fp32": (HOST | {"bf16": False, "seq_length": 1024}, 1),
+    "host-dp": (HOST | {"global_batch_size": 4, "seq_length": 1024}, 2),
+    "host-zero1": (HOST | {"data_parallel_sharding_strategy": "optim", "global_batch_size": 4}, 2),
+    "host-zero3": (HOST | {"data_parallel_sharding_strategy": "optim_grads_params", "global_batch_size": 4}, 2),
     "1f1b": ({PP: 2, "global_batch_size": 4}, 2),
     "interleaved": ({PP: 2, "global_batch_size": 4, "num_virtual_stages_per_pipeline_rank": 2}, 2),
     "zb-h1": ({PP: 2, "global_batch_size": 4, "pipeline_schedule": "zb-h1"}, 2),
@@ -72,7 +82,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
 
 def configured(given: dict[str, Any], world: int) -> tuple[Config, Layout]:
     config = from_values(SMALL | given)
-    return config, validate(config, world)
+    return config, validate(config, world, "cuda")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -85,20 +95,18 @@ def test_account_is_the_count(name: str) -> None:
             assert expected.static == pytest.approx(counted.built, rel=1e-3), "states"
         assert expected.total == pytest.approx(counted.peak, rel=0.03), f"pipeline rank {rank}: {expected.rows()}"
         assert sum(size for _, size in expected.rows()) == expected.total
+        kept = sum(size for name, size in expected.host.items() if name in ("master weights", "optimizer states"))
+        assert kept == pytest.approx(counted.host, rel=0.06), expected.host
 
 
-HOST = {"cpu_offloading_activations": True}
+AWAY = {"cpu_offloading_activations": True}
 CHUNKS = {"sequence_chunks": 8, "cpu_offloading_attention": True}
 ON_HOST: dict[str, tuple[dict[str, Any], int]] = {
-    "activations": (HOST, 1),
-    "activations-full": (HOST | {"recompute_granularity": "full"}, 1),
-    "chunks": ({"sequence_chunks": 8, "cpu_offloading_attention": True}, 1),
-    "chunks-full": (
-        HOST
-        | {"sequence_chunks": 8, "cpu_offloading_attention": True, "recompute_granularity": "full", "ulysses_size": 2},
-        2,
-    ),
-    "chunks-both": (HOST | {"sequence_chunks": 4, "cpu_offloading_attention": True}, 1),
+    "activations": (AWAY, 1),
+    "activations-full": (AWAY | {"recompute_granularity": "full"}, 1),
+    "chunks": (CHUNKS, 1),
+    "chunks-full": (AWAY | CHUNKS | {"recompute_granularity": "full", "ulysses_size": 2}, 2),
+    "chunks-both": (AWAY | CHUNKS | {"sequence_chunks": 4}, 1),
 }
 
 
@@ -109,18 +117,37 @@ def test_account_of_the_host(name: str) -> None:
     layout = validate(config, world, "cuda")
     expected, counted = account(config, layout), dry_run.count(config, layout)
     assert expected.total == pytest.approx(counted.peak, rel=0.03), expected.rows()
-    assert expected.host == pytest.approx(counted.host, rel=0.03)
+    assert expected.on_host == pytest.approx(counted.host_passes, rel=0.03)
 
 
 def test_zero_shares_states_out() -> None:
     from megasp.data_parallel.memory import state_bytes
 
     def per_parameter(zero: int, gradient_item: int | None = None) -> float:
-        s = state_bytes(8_000_000, 0, 0, 2, 8, 8, zero, gradient_item)
+        s = state_bytes(8_000_000, 0, 0, 2, 8, 8, zero, gradient_item, microbatches=2)
         return (s.parameters + s.masters + s.gradients + s.optimizer) / 8e6
 
     assert [per_parameter(zero) for zero in range(4)] == [18, 7.5, 4, 2]
     assert per_parameter(1, gradient_item=2) == 5.5, "with bf16 gradients: Llama-3 8B on 8 H100s, 44.27e9 bytes"
+
+
+def test_weights_on_the_host() -> None:
+    """ZeRO-3 over 8 ranks with all on the host: 16 bytes a parameter there, and on the device a few layers."""
+    strategy = {"data_parallel_sharding_strategy": "optim_grads_params", "global_batch_size": 8}
+    config, layout = configured(strategy | HOST | {"cpu_offloading_weights": True}, 8)
+    all_there, plain = account(config, layout), account(configured(strategy, 8)[0], layout)
+    assert all_there.on_host == plain.static + plain.states.gradients, "fp32 weights, gradients and moments"
+    assert all_there.static == 0 < all_there.states.gathered
+    assert all_there.total < plain.total
+
+
+def test_no_room_on_the_host() -> None:
+    config, layout = configured(HOST, 1)
+    needed = account(config, layout).on_host
+    check_host_memory(config, layout, 2, 2 * needed)
+    with pytest.raises(ConfigError, match=r"each of its 2 ranks keeps 0\.\d GB there \(master weights"):
+        check_host_memory(config, layout, 2, 2 * needed - 1)
+    check_host_memory(configured({}, 1)[0], layout, 2, 0)
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,3 +160,16 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "4")
     with pytest.raises(ConfigError, match="local rank 4 on a node with 4 GPUs"):
         parallel_state.initialize_distributed()
+
+
+@pytest.mark.parametrize(("backend", "failed", "left"), [("gloo", True, 1), ("nccl", False, 1), ("nccl", True, 0)])
+def test_a_failed_rank_does_not_wait_for_nccl(
+    backend: str, failed: bool, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    destroyed: list[bool] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(dist, "is_initialized", lambda: True)
+        patched.setattr(dist, "get_backend", lambda: backend)
+        patched.setattr(dist, "destroy_process_group", lambda: destroyed.append(True))
+        process_group.leave(failed)
+    assert len(destroyed) == left

@@ -24,6 +24,7 @@ class Options:
     save: str = flag(REQUIRED, "directory of checkpoints to write; it must be new or empty", metavar="DIR")
     no_load_optim: bool = flag(False, "take the weights alone, without the optimizer's state")
     consumed_train_samples: int | None = flag(None, "samples that the run has read, where the checkpoint does not say")
+    seq_length: int | None = flag(None, "tokens of a sample, where the checkpoint does not say")
     seed: int | None = flag(None, "seed of the run, where the checkpoint does not say; 1234 without it")
 
 
@@ -36,14 +37,13 @@ def main(argv: Sequence[str], prog: str) -> int:
     add_flags(parser, ModelConfig)
     given = vars(parser.parse_args(argv))
     options = build(Options, given)
-    model = {name: value for name, value in given.items() if name in ModelConfig.__dataclass_fields__}
+    own = ("input", "save", "no_load_optim", "consumed_train_samples")
     done = from_megatron(
         options.input,
         options.save,
         optimizer=not options.no_load_optim,
-        model=model,
+        given={name: value for name, value in given.items() if name not in own},
         samples=options.consumed_train_samples,
-        seed=options.seed,
     )
     for path in sorted(done.directory.iterdir()):
         log.info(f"wrote {path} ({path.stat().st_size:,} bytes)")
@@ -51,6 +51,11 @@ def main(argv: Sequence[str], prog: str) -> int:
         log.warning(note)
     log.info("next:")
     log.info(f"  megasp checkpoint inspect {options.save}")
+    if done.step == 0:
+        log.info(
+            f"  torchrun ... pretrain_gpt.py --config {options.save}/config.yaml --load {options.save} --finetune ..."
+        )
+        return 0
     fresh = " --no-load-optim" if options.no_load_optim else ""
     log.info(
         f"  torchrun ... pretrain_gpt.py --config {options.save}/config.yaml --load {options.save} "

@@ -11,7 +11,7 @@ The moments are bit for bit what they were, and so are the weights: the fp32 mas
 import platform
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from megasp.checkpoints.megatron.names import find, unknown
 from megasp.checkpoints.megatron.rank_files import read_rank_files
 from megasp.checkpoints.megatron.sources import Source, Stored
 from megasp.checkpoints.megatron.torch_dist import CONFIG, read_torch_dist
+from megasp.checkpoints.megatron.torch_files import Record
 from megasp.checkpoints.safetensors_file import Entry
 from megasp.checkpoints.whole_tensors import SHARD_BYTES, appearing, write_checkpoint
 from megasp.config.load import to_yaml
@@ -60,9 +61,8 @@ def from_megatron(
     source: Path | str,
     save: Path | str,
     optimizer: bool = True,
-    model: Mapping[str, Any] | None = None,
+    given: Mapping[str, Any] | None = None,
     samples: int | None = None,
-    seed: int | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Converted:
     """Write a checkpoint of Megatron-LM's as one of ours, that any layout goes on from.
@@ -71,28 +71,33 @@ def from_megatron(
         source: its directory of checkpoints, or one iteration in it.
         save: directory of checkpoints to write; it must be new or empty.
         optimizer: take the optimizer's state; else the weights and the run's progress alone.
-        model: fields of `ModelConfig` that win over the checkpoint's own settings.
-        samples: that the run has consumed, and `seed` its seed, where the checkpoint does not say.
+        given: fields of the configuration that win over the checkpoint's own settings.
+        samples: that the run has consumed, where the checkpoint does not say.
     Raises:
         CheckpointError: a checkpoint that cannot be read, that is of a model or in a format that is not served, or an
             output that exists or cannot be written.
+        ConfigError: sizes of a model that cannot be.
     """
+    given = given or {}
     directory, root = _iteration(Path(source)), Path(save)
-    stored = read_torch_dist(directory) if (directory / CONFIG).is_file() else read_rank_files(directory, model or {})
-    args = _args(stored, directory, model or {})
+    if (directory / CONFIG).is_file():
+        stored = read_torch_dist(directory)
+    else:
+        stored = read_rank_files(directory, given, optimizer)
+    args = _args(stored, directory, given)
     embedding = stored.sources.get(EMBEDDING)
-    config, notes = config_of(args, model or {}, embedding.shape[0] if embedding else 0)
+    config, notes = config_of(args, given, embedding.shape[0] if embedding else 0)
     entries = _entries(directory, stored, config.model, optimizer)
-    step = int(stored.common.get("iteration") or args.get("iteration") or 0)
+    step = stored.common.get("iteration") or args.get("iteration") or 0
     consumed = args.get("consumed_train_samples") if samples is None else samples
-    if consumed is None:
-        rule = "the position in the data is a number of samples"
+    if not isinstance(consumed, int) or not isinstance(step, int):
+        rule = "the position in the data is a number of steps and of samples"
         raise CheckpointError(f"{directory} does not say its consumed samples", rule, "give --consumed-train-samples N")
     metadata = {
         "config": asdict(config),
         "progress": {"step": step, "samples": consumed, "tokens": consumed * config.training.seq_length},
         "data": {"phases": []},
-        "rng": {"seed": config.training.seed if seed is None else seed},
+        "rng": {"seed": config.training.seed},
         "has_optimizer": any(entry.key.startswith("exp_avg/") for entry in entries),
         "optimizer_steps": _steps(stored.common, step),
         "loss_scale": _loss_scale(stored.common),
@@ -120,12 +125,13 @@ def _iteration(source: Path) -> Path:
     return source / name
 
 
-def _args(stored: Stored, directory: Path, model: Mapping[str, Any]) -> dict[str, Any]:
+def _args(stored: Stored, directory: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of the run; without any the model's must have been given."""
-    if "args" in stored.common:
-        return vars(stored.common["args"])
-    needed = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
-    missing = [f"--{name.replace('_', '-')}" for name in needed if name not in model]
+    args = stored.common.get("args")
+    if isinstance(args, Record):
+        return vars(args)
+    needed = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
+    missing = [f"--{name.replace('_', '-')}" for name in needed if name not in given]
     if missing:
         rule = "its settings (args) are not stored with it"
         fix = f"give the model's flags: {' '.join(missing)} and what else its run was started with"
@@ -229,7 +235,11 @@ def _loss_scale(common: Mapping[str, Any]) -> dict[str, float]:
 
 def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
     """Every number in nested containers, with its key."""
-    items = tree.items() if isinstance(tree, Mapping) else ((None, item) for item in tree or ())
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(tree, Mapping):
+        items = tree.items()
+    elif isinstance(tree, list | tuple):
+        items = enumerate(tree)
     for key, value in items:
         if isinstance(value, Mapping | list | tuple):
             yield from _leaves(value)

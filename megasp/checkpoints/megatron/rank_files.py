@@ -30,11 +30,12 @@ State = dict[str, Tensor]
 """Tensors of one rank's model, or of one kind of its optimizer's, by name."""
 
 
-def read_rank_files(directory: Path, given: Mapping[str, Any]) -> Stored:
+def read_rank_files(directory: Path, given: Mapping[str, Any], optimizer: bool) -> Stored:
     """What such a checkpoint holds. Its tensors stay in mappings of the files.
 
     Args:
-        given: fields of `ModelConfig` that the user gave.
+        given: fields of the configuration that the user gave.
+        optimizer: read its state.
     Raises:
         CheckpointError: files that are missing, damaged or name what is not allowed, or a model of before
             megatron-core.
@@ -47,36 +48,45 @@ def read_rank_files(directory: Path, given: Mapping[str, Any]) -> Stored:
             raise CheckpointError(f"{path} is no rank of a dense model", rule, "only dense GPT models convert")
         files[int(match[1]), int(match[2] or 0)] = read_torch(path / FILE)
     tp, pp = (1 + max(rank[axis] for rank in files) for axis in (0, 1))
-    if len(files) != tp * pp or not all(isinstance(file, Mapping) for file in files.values()):
+    if len(files) != tp * pp:
         rule = f"the ranks are tensor {tp} x pipeline {pp}"
         raise CheckpointError(f"{directory} holds {len(files)} ranks' files", rule, WRITE_AGAIN)
-    common = files[0, 0]
-    gated = given.get("swiglu", getattr(common.get("args"), "swiglu", False))
-    tied = not given.get(
-        "untie_embeddings_and_output_weights",
-        getattr(common.get("args"), "untie_embeddings_and_output_weights", False),
-    )
-    kinds: dict[str, list[State]] = defaultdict(list)  # of the optimizer, and "" for weights: by tensor-parallel rank
-    for rank in range(tp):
-        stages = [files[rank, stage] for stage in range(pp)]
-        for kind, state in _whole_depth(directory, stages, tied).items():
-            kinds[kind].append(state)
-    sources = {}
-    for kind, states in kinds.items():
-        for key in states[0]:
-            name = f"optimizer.state.{kind}.{key}" if kind else key
-            sources[name] = _source(name, [state[key] for state in states], split_dim(key), gated and GATED in key)
+    try:
+        ranks = [[files[rank, stage] for stage in range(pp)] for rank in range(tp)]
+        sources = {source.key: source for source in _sources(directory, ranks, given, optimizer)}
+        common = {name: value for name, value in files[0, 0].items() if not name.startswith("model")}
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        rule = f"they must hold the same tensors of one model ({type(error).__name__}: {error})"
+        raise CheckpointError(f"the files of {directory} cannot be used", rule, WRITE_AGAIN) from None
     flat = any(directory.glob("mp_rank_*/distrib_optim.pt"))
     return Stored(sources, common, ("optimizer.distributed.dp_group_idx_0.param_state",) if flat else ())
 
 
-def _whole_depth(directory: Path, stages: Sequence[Mapping[str, Any]], tied: bool) -> dict[str, State]:
+def _sources(
+    directory: Path, ranks: Sequence[Sequence[Mapping[str, Any]]], given: Mapping[str, Any], optimizer: bool
+) -> Iterator[Source]:
+    """Every tensor of the model and of its optimizer; `ranks` are by tensor-parallel rank and stage."""
+    args = ranks[0][0].get("args")
+    gated, untied = (
+        given.get(name, getattr(args, name, False)) for name in ("swiglu", "untie_embeddings_and_output_weights")
+    )
+    kinds: dict[str, list[State]] = defaultdict(list)  # of the optimizer, and "" for weights: by tensor-parallel rank
+    for stages in ranks:
+        for kind, state in _whole_depth(directory, stages, not untied, optimizer).items():
+            kinds[kind].append(state)
+    for kind, states in kinds.items():
+        for key in states[0]:
+            name = f"optimizer.state.{kind}.{key}" if kind else key
+            yield _source(name, [state[key] for state in states], split_dim(key), gated and GATED in key)
+
+
+def _whole_depth(directory: Path, stages: Sequence[Mapping[str, Any]], tied: bool, optimizer: bool) -> dict[str, State]:
     """Weights and optimizer of a tensor-parallel rank over all stages, with global layer numbers."""
     chunks = []
     for number, stage in enumerate(stages):
         keys = sorted((key for key in stage if re.fullmatch(r"model\d*", key)), key=lambda key: int(key[5:] or 0))
         models = [_tensors(directory, stage[key]) for key in keys]
-        states = _optimizer(directory, stage.get("optimizer"), models)
+        states = _optimizer(directory, stage.get("optimizer"), models) if optimizer else {}
         for virtual, model in enumerate(models):
             own = {kind: state[virtual] for kind, state in states.items()}
             chunks.append((virtual, number, {"": model} | own))

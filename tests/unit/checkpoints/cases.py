@@ -2,13 +2,15 @@
 
 import itertools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megasp.checkpoints import Shard, save
+from megasp.checkpoints import Manifest, Shard, save, writer
+from megasp.checkpoints.manifest import merge
+from megasp.checkpoints.writer import Content
 from megasp.parallel_state import ParallelState
 from megasp.parameters import Piece, local_shape, placed, rows_of, split, whole
 
@@ -65,6 +67,15 @@ def mismatches(held: list[Shard]) -> Iterator[str]:
         for piece, local in placed(shard.pieces):
             if not torch.equal(shard.tensor[local.slices], reference(shard.kind, piece)[piece.box.slices]):
                 yield f"{shard.kind}/{piece.name}"
+
+
+def save_ranks(root: Path, name: str, held: Iterable[Sequence[Shard]]) -> Path:
+    """The checkpoint of step 1 that `megasp.checkpoints.save` writes on ranks which hold these shards."""
+    partial, final = root / ".step_00000001.partial", root / "step_00000001"
+    partial.mkdir(parents=True)
+    parts = [writer._write_content(partial, Content.of(shards, rank)) for rank, shards in enumerate(held)]
+    writer._publish(partial, final, Manifest(1, name, {}, *merge(parts)))
+    return final
 
 
 def save_one(root: Path, step: int = 1, **metadata: object) -> Path:

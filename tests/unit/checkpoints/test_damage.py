@@ -1,8 +1,11 @@
 """What happens to checkpoints: damaged, half written, too many, or on a disk that fails. Each has its sentence."""
 
 import errno
+import hashlib
+import json
 import random
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megasp.checkpoints import Retention, Saver, find_latest, newest_good, read_manifest, safetensors_file, writer
+from megasp.checkpoints import Retention, Saver, find_latest, load, newest_good, read_manifest, safetensors_file, writer
 from megasp.checkpoints.manifest import candidates
 from megasp.checkpoints.verify import damage
 from megasp.cli import main
 from megasp.errors import CheckpointError
 from megasp.parallel_state import ParallelState
-from tests.unit.checkpoints.cases import mismatches, save_one, shards
+from tests.unit.checkpoints.cases import mismatches, save_one, save_ranks, shards
 
 SINGLE = ParallelState.single()
 
@@ -30,29 +33,49 @@ def flip(path: Path, at: int) -> None:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_one(tmp_path_factory.mktemp("written"))
+    ranks = [shards(2, 0), shards(2, 1)]
+    return save_ranks(tmp_path_factory.mktemp("written"), "tp2", ranks)
 
 
 @given(st.integers(0, 10**9))
 def test_a_flipped_byte_is_named(written: Path, place: int) -> None:
-    """Anywhere: the file, and the tensor that it is in."""
+    """Anywhere in a file, its header or the manifest: the file is named, and the tensor or the header."""
     paths = sorted(path for path in written.iterdir() if path.is_file())
     sizes = [path.stat().st_size for path in paths]
     at = place % sum(sizes)
-    path = paths[0] if at < sizes[0] else paths[1]
-    at -= 0 if at < sizes[0] else sizes[0]
-    places = safetensors_file.layout(written / "rank_00000.safetensors")
+    index = next(index for index in range(len(paths)) if at < sum(sizes[: index + 1]))
+    path, at = paths[index], at - sum(sizes[:index])
     good = path.read_bytes()
+    places = safetensors_file.layout(path) if path.suffix == ".safetensors" else {}
     try:
         flip(path, at)
         (problem,) = damage(written)
         assert str(path) in problem
-        inside = [key for key, (start, stop) in places.items() if start <= at < stop]
-        if path.suffix == ".safetensors" and inside:
-            assert problem.endswith(f"(damaged: {inside[0]})")
+        if places:
+            inside = [key for key, (start, stop) in places.items() if start <= at < stop]
+            assert problem.endswith(f"(damaged: {inside[0] if inside else 'the header'})")
     finally:
         path.write_bytes(good)
     assert damage(written) == []
+
+
+def test_version_1_still_loads_and_verifies(tmp_path: Path) -> None:
+    """A file's SHA-256 was that of all its bytes, and sums told the tensors."""
+    directory = save_one(tmp_path)
+    path, manifest = directory / "rank_00000.safetensors", directory / "manifest.json"
+    document = json.loads(manifest.read_text()) | {"version": 1}
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    document["files"] = {path.name: {"bytes": path.stat().st_size, "sha256": digest, "checksums": {"model/w": "00"}}}
+    del document["sha256"]
+    document["sha256"] = hashlib.sha256(json.dumps(document).encode()).hexdigest()
+    manifest.write_text(json.dumps(document))
+    held = shards(1, 0, fill=False)
+    load(tmp_path, held)
+    assert list(mismatches(held)) == [] and damage(directory) == []
+    flip(path, -1)
+    assert f"{path} does not have the SHA-256 that the manifest says (damaged: somewhere" in damage(directory)[0]
+    with pytest.raises(CheckpointError, match="does not have the SHA-256"):
+        load(tmp_path, held)
 
 
 def test_verify_names_what_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +100,7 @@ def test_several_tensors_and_the_header(tmp_path: Path) -> None:
     (problem,) = damage(directory)
     assert "damaged: " in problem and " more)" in problem
     path.write_bytes(bytes([255]) + good[1:])
-    assert "(its header, or what no checksum covers)" in damage(directory)[0]
+    assert damage(directory)[0].endswith("(damaged: the header)")
     path.write_bytes(good[:-1])
     assert f"has {len(good) - 1} bytes where the manifest says {len(good)}" in damage(directory)[0]
 
@@ -194,10 +217,36 @@ def test_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         restored = shards(1, 0, fill=False)
         saver.save(2, restored, {})
     assert [path.name for path in candidates(tmp_path)] == ["step_00000002", "step_00000001"]
-    from megasp.checkpoints import load
-
     load(tmp_path / "step_00000001", restored)
     assert list(mismatches(restored)) == []
+
+
+def test_the_update_waits_for_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is as it was when `save` was called, however long the copy takes; twice, as buffers are kept."""
+    copy = Saver._copied_entry
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.005)
+        return copy(*args)
+
+    monkeypatch.setattr(Saver, "_copied_entry", slow)
+    for waits in (True, False):
+        held = shards(1, 0)
+        parameters = [torch.nn.Parameter(shard.tensor) for shard in held]
+        optimizer = torch.optim.SGD(parameters, lr=1.0)
+        root = tmp_path / str(waits)
+        with Saver(root, SINGLE, background=True, optimizer=optimizer if waits else None) as saver:
+            for step in (1, 2):
+                before = {shard.kind + shard.pieces[0].name: shard.tensor.clone() for shard in held}
+                saver.save(step, held, {})
+                for parameter in parameters:
+                    parameter.grad = torch.ones_like(parameter)
+                optimizer.step()
+                assert saver.wait() is None
+                saved = shards(1, 0, fill=False)
+                load(root / f"step_0000000{step}", saved)
+                same = [torch.equal(shard.tensor, before[shard.kind + shard.pieces[0].name]) for shard in saved]
+                assert all(same) == waits  # without the optimizer it would show
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from megasp.checkpoints import Shard, load
 from megasp.checkpoints.megatron.conversion import Converted, from_megatron
+from megasp.checkpoints.megatron.rank_files import read_rank_files
 from megasp.checkpoints.megatron.torch_files import Record, read_torch
 from megasp.cli import main
-from megasp.errors import CheckpointError
+from megasp.errors import CheckpointError, ConfigError
 from megasp.model import GPTModel
 from tests.ranks import run_ranks
 from tests.unit.checkpoints.megatron_ranks import CASES, SAVED_AT, STEPS, Case, probe, write_all, write_corpus
@@ -193,6 +194,15 @@ def test_training_goes_on_in_another_layout(
     np.testing.assert_allclose(losses(tmp_path), written.of(BY_NAME["gpt2-dp2"])[0]["losses"][SAVED_AT:], rtol=2e-5)
 
 
+def test_another_order_of_samples_is_said(
+    converted: Callable[[str], Converted], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = converted("gpt2-dp2").directory.parent
+    train(f"--config {root}/config.yaml --load {root} --save {tmp_path} --num-workers 0 --data-order keyed")
+    assert "in Megatron-LM's order, and all data begins anew: --data-order megatron" in capsys.readouterr().out
+    assert len(losses(tmp_path)) == STEPS - SAVED_AT
+
+
 # Refusals
 
 
@@ -322,7 +332,10 @@ BAD: dict[str, tuple[Change, str]] = {
         _without("optimizer.state.exp_avg_sq.decoder.final_layernorm.weight"),
         r"has no tensor exp_avg_sq of decoder.final_layernorm.weight",
     ),
-    "experts": (_common(num_experts=8), r"model has num_experts 8: megasp serves None; this model cannot be converted"),
+    "experts": (
+        _common(num_experts=8),
+        r"model has num_experts 8: megasp computes models with it unset; this model cannot",
+    ),
     "latent attention": (_common(multi_latent_attention=True), r"has multi_latent_attention True"),
     "a router": (_extra, r"has a tensor decoder.layers.0.mlp.router.weight: .*only dense GPT models convert"),
     "another width": (
@@ -333,7 +346,12 @@ BAD: dict[str, tuple[Change, str]] = {
         _common(padded_vocab_size=512, vocab_size=500),
         r"is \[256, 32\] there and \[512, 32\] .*give --vocab-size 256 --make-vocab-size-divisible-by 1",
     ),
-    "no args": (_no_args, r"does not say what model it is: .*give the model's flags: --num-layers --hidden-size"),
+    "no args": (
+        _no_args,
+        r"does not say what model it is: .*give the model's flags: --num-layers --hidden-size .*--seq-length",
+    ),
+    "sizes": (_common(num_query_groups=3), r"num-attention-heads 4 and num-query-groups 3"),
+    "no layers": (_common(num_layers=0), r"--num-layers is not given"),
     "no samples": (_common(consumed_train_samples=None), r"consumed samples: .*give --consumed-train-samples N"),
     "moments of 8 bits": (
         _dtype("optimizer.state.exp_avg.", torch.uint8),
@@ -360,7 +378,7 @@ def test_bad_input(written: Written, tmp_path: Path, name: str) -> None:
     directory = tmp_path / "theirs" / "iter_0000002"
     shutil.copytree(written.root / "llama-tp2" / "iter_0000002", directory)
     change(directory)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises((CheckpointError, ConfigError), match=message):
         from_megatron(directory, tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]  # and nothing ran
 
@@ -406,6 +424,13 @@ BAD_OLD: dict[str, tuple[Change, str]] = {
     "distributed optimizer": (
         lambda directory: (directory / "mp_rank_00" / "distrib_optim.pt").touch(),
         r"is not by parameter",
+    ),
+    "another model on a rank": (
+        lambda directory: torch.save(
+            {"model": {"decoder.layers.0.mlp.linear_fc2.weight": torch.zeros(4)}},
+            directory / "mp_rank_01" / "model_optim_rng.pt",
+        ),
+        r"the files of .* cannot be used: they must hold the same tensors of one model",
     ),
     "truncated": (
         lambda directory: os.truncate(directory / "mp_rank_00" / "model_optim_rng.pt", 10_000),
@@ -465,7 +490,7 @@ def test_without_settings(written: Written, tmp_path: Path) -> None:
     torch.save({"iteration": 2, "optimizer": common["optimizer"]}, directory / "common.pt")
     flags = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --vocab-size 256 --max-position-embeddings 16"
     command = f"convert from-megatron --input {directory} --save {tmp_path}/ours --consumed-train-samples 8 {flags}"
-    assert main([*command.split(), "--seed", "7"]) == 0
+    assert main([*command.split(), "--seq-length", "16", "--seed", "7"]) == 0
     found = load_file(tmp_path / "ours" / "step_00000002" / "model.safetensors")
     wanted = expected(written, BY_NAME["gpt2-dp2"])
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -484,3 +509,29 @@ def test_command(
     assert "pretrain_gpt.py --config ours/config.yaml --load ours --save ours ...    goes on after step 2" in said
     assert main(["checkpoint", "verify", "ours"]) == 0
     assert main(command) == 2 and "--save ours holds checkpoints" in capsys.readouterr().err
+
+
+def test_virtual_stages_of_older_files(tmp_path: Path) -> None:
+    """Layers go through all stages, chunk by chunk; each file counts from 0."""
+    for stage in range(2):
+        folder = tmp_path / f"mp_rank_00_{stage:03d}"
+        folder.mkdir()
+        models = {
+            f"model{chunk}": {"decoder.layers.0.mlp.linear_fc2.bias": torch.full((3,), 2.0 * chunk + stage)}
+            for chunk in range(2)
+        }
+        torch.save({"iteration": 1, **models}, folder / "model_optim_rng.pt")
+    stored = read_rank_files(tmp_path, {}, optimizer=True)
+    assert {key: source.rows([range(3)], torch.float32).tolist() for key, source in stored.sources.items()} == {
+        f"decoder.layers.{layer}.mlp.linear_fc2.bias": [layer] * 3 for layer in range(4)
+    }
+
+
+def test_weights_alone_of_older_files(written: Written, tmp_path: Path) -> None:
+    directory = tmp_path / "theirs"
+    shutil.copytree(written.root / "gpt2-pp2-old" / "iter_0000002", directory)
+    done = from_megatron(directory, tmp_path / "ours", optimizer=False)
+    wanted = expected(written, BY_NAME["gpt2-pp2"])
+    assert all(
+        name.startswith("model/") and torch.equal(tensor, wanted[name]) for name, tensor in tensors(done).items()
+    )

@@ -20,16 +20,32 @@ transformers = pytest.importorskip("transformers")
 TEXT = "the cat's mat, naïve 文字  two"
 
 
-@pytest.fixture(scope="module")
-def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _train(folder: Path, **options: Any) -> Path:
     sentencepiece = pytest.importorskip("sentencepiece")
-    folder = tmp_path_factory.mktemp("sentencepiece")
     (folder / "a.txt").write_text("\n".join(["the cat's mat", "naïve 文字", "one two three"] * 30))
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "a.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=300, model_type="bpe",
-        byte_fallback=True, minloglevel=2, pad_id=-1, character_coverage=1.0,
+        byte_fallback=True, minloglevel=2, pad_id=-1, character_coverage=1.0, **options,
     )  # fmt: skip
     return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As Llama 2's: text is encoded as it is."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    return _train(folder, normalization_rule_name="identity", remove_extra_whitespaces=False)
+
+
+def test_sentencepiece_that_normalizes_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("megasp"), "propagate", True)
+    (tmp_path / "out").mkdir()
+    data = DataConfig(tokenizer_type="GPTSentencePieceTokenizer", tokenizer_model=str(_train(tmp_path)))
+    with caplog.at_level(logging.WARNING, "megasp"):
+        write_tokenizer(tmp_path / "out", data, 300, None, 64)
+    assert "normalizes text before it encodes it" in caplog.text
 
 
 def test_sentencepiece(tmp_path: Path, sentencepiece_model: Path) -> None:

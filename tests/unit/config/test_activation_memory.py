@@ -72,8 +72,29 @@ def test_tiles_by_a_budget(given: dict[str, Any], ranks: int, tiles: int) -> Non
     assert mlp_tiles(config, validate(config, ranks)) == tiles
 
 
+ZERO3 = {"data_parallel_sharding_strategy": "optim_grads_params"}
+ON_HOST = {"optimizer_cpu_offload": True}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"optimizer_offload_fraction": 0.5}, "--optimizer-offload-fraction 0.5 without --optimizer-cpu-offload"),
+        ({"cpu_offloading_weights": True}, "with --data-parallel-sharding-strategy no_shard"),
+        (ZERO3 | {"cpu_offloading_weights": True}, "runs where the weight is"),
+        (ZERO3 | ON_HOST | {"cpu_offloading_weights": True, "optimizer_offload_fraction": 0.5}, "where the weight is"),
+        (ON_HOST, "on a CPU"),
+    ],
+)
+def test_host_offload_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        validate(from_values(BASE | given), 2)
+
+
 def test_offload_on_a_gpu_passes() -> None:
     validate(from_values(BASE | {"cpu_offloading_activations": True}), 1, "cuda")
+    validate(from_values(BASE | ON_HOST | {"optimizer_offload_fraction": 0.5}), 1, "cuda")
+    validate(from_values(BASE | ON_HOST | ZERO3 | {"cpu_offloading_weights": True}), 1, "cuda")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ MODEL: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_attention_head
     ],
 )
 def test_model(args: dict[str, Any], wanted: dict[str, Any]) -> None:
-    config, notes = config_of(MODEL | args, {}, 64)
+    config, notes = config_of(MODEL | {"position_embedding_type": "rope"} | args, {}, 64)
     assert {name: getattr(config.model, name) for name in wanted} == wanted and notes == []
 
 

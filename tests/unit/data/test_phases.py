@@ -88,6 +88,17 @@ def test_nothing_changed_is_no_phase(prefixes, tmp_path):
     assert go_on(stored, wanted([*reversed(prefixes)]), 5, 20, False) == stored  # listed in another order
 
 
+def test_a_run_that_began_elsewhere(prefixes):
+    """A checkpoint that was converted has no phases: the first begins where it stands, at the beginning of the data."""
+    (phase,) = go_on((), wanted(prefixes, batch=4), 5, 20, False)
+    assert (phase.step, phase.sample, phase.first_sample(7)) == (5, 20, 28)
+    begun = phase.dataset()
+    fresh = wanted(prefixes, batch=4).dataset()
+    assert [begun.sample(20 + k).tokens(0, 8).tolist() for k in range(5)] == [
+        fresh.sample(k).tokens(0, 8).tolist() for k in range(5)
+    ]
+
+
 def test_a_corpus_may_move(prefixes, tmp_path):
     stored = go_on((), wanted(prefixes[:1]), 0, 0, False)
     (tmp_path / "elsewhere").mkdir()

@@ -28,6 +28,8 @@ def test_the_picture_of_the_module() -> None:
         (starts,) = batch["sample_info"].documents
         assert starts.tolist() == [0, 4, 7]
     assert first["sample_info"].fingerprint == second["sample_info"].fingerprint
+    other, _ = shards([sample | {"labels": [IGNORED, 2, 3, 4, IGNORED, 6, IGNORED]}], 1, 2, pad_token_id=9)
+    assert other["sample_info"].fingerprint != first["sample_info"].fingerprint, "targets count, too"
 
 
 def test_samples_of_different_lengths() -> None:

@@ -58,6 +58,7 @@ MODELS: dict[str, tuple[Any, str]] = {
     "attention dropout": (lambda: model_of("Llama", attention_dropout=0.1), "attention_dropout=0.0"),
     "attn_pdrop": (gpt2, "attention dropout 0.1"),
     "router's loss": (lambda: mixtral(output_router_logits=True), "with output_router_logits"),
+    "prefix": (lambda: model_of("Llama", prefix_lm=True), "with prefix_lm"),
     "longrope": (lambda: model_of("Llama", rope_parameters=LONGROPE), "rotary type longrope"),
 }
 
@@ -130,6 +131,7 @@ def batch_of(collate: Any) -> dict[str, Any]:
 
 CALLS: dict[str, tuple[Any, str]] = {
     "whole batch": (lambda batch: {"input_ids": batch["input_ids"]}, "a batch without positions"),
+    "mask": (lambda batch: batch | {"attention_mask": torch.ones_like(batch["input_ids"])}, "beside a shard"),
     "cache": (lambda batch: batch | {"past_key_values": transformers.DynamicCache()}, "past_key_values"),
     "loss elsewhere": (lambda batch: batch | {"labels": None}, "label smoothing, compute_loss_func"),
 }

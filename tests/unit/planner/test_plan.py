@@ -11,7 +11,7 @@ from megasp.config.load import from_values, load, parser
 from megasp.config.presets import PRESETS
 from megasp.config.validate import validate
 from megasp.planner.hardware import load as load_gpu
-from megasp.planner.search import Found, search
+from megasp.planner.search import SIMULATED, Found, search
 from megasp.planner.space import Request
 
 SMALL = ["plan", "--model", "llama3-8b", "--gpus", "8", "--global-batch-size", "64", "--seq-length", "8192"]
@@ -38,6 +38,25 @@ def test_answers_are_legal_fit_and_differ(found: Found) -> None:
         assert plan.peak <= 80e9
     times = [plan.time.seconds for plan in found.plans]
     assert times == sorted(times)
+
+
+def test_little_is_looked_into() -> None:
+    """Of 70B on 64 GPUs some 20,000 combinations have a floor that fits; those that a faster one beats are not timed,
+    few are counted by the account, and fewer simulated."""
+    big = request(64, **{**PRESETS["llama3-70b"], "seq_length": 8192, "global_batch_size": 1024})
+    found = search(big)
+    assert found.space > 300 and found.tried < 3000 and found.accounts < 400
+    assert all(plan.time.parts for plan in found.plans[:SIMULATED])
+    assert not any(plan.time.parts for plan in found.plans[SIMULATED:])
+
+
+def test_offloaded_activations_do_not_count_on_the_gpu() -> None:
+    """A search that may offload finds what fits with it alone."""
+    alone = {"recompute_granularity": "full", "tiled_mlp": 8, "cpu_offloading_activations": True}
+    sharded = {"data_parallel_sharding_strategy": "optim_grads_params", "ulysses_size": 8, "micro_batch_size": 1}
+    long = {"seq_length": 2**21, "global_batch_size": 1, "tensor_model_parallel_size": 1} | sharded
+    plan = search(request(8, **long)).plans[0]
+    assert alone.items() <= plan.values.items() and plan.memory[0].host > 50e9
 
 
 def test_a_bound_is_never_above_an_answer(found: Found) -> None:
@@ -115,5 +134,9 @@ def test_dry_run_of_sharded_weights(capsys: pytest.CaptureFixture[str]) -> None:
     )
     sharded = "--data-parallel-sharding-strategy optim_grads_params --ulysses-size 1 --tensor-model-parallel-size 1"
     assert cli.main(["plan", *flags.split(), *sharded.split(), "--dry-run", "1"]) == 0
-    errors = re.findall(r"([+-]\d+\.\d)%$", capsys.readouterr().out, re.M)
+    out = capsys.readouterr().out
+    (line,) = re.findall(r"the account of it.*", out)
+    errors = re.findall(r"([+-]\d+\.\d)%", line)
     assert len(errors) == 2 and all(0 <= float(error) < 25 for error in errors)
+    for words in ("all-gather over dp_cp", "matrix products"):
+        assert re.search(rf"{words} .*=.*=", out), "counted as the closed forms say"

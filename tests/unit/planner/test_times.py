@@ -11,7 +11,7 @@ from megasp.planner.hardware import load
 from megasp.planner.job import Job
 from megasp.planner.layer_time import layer_parts
 from megasp.planner.rates import Coefficients, Group, Rates
-from megasp.planner.step_time import quick_seconds, step_time
+from megasp.planner.step_time import Microbatch, quick_seconds, step_time
 
 IDEAL = Coefficients(matmul=1.0, attention=1.0, memory=1.0, network=1.0)
 H100, A100 = Rates(load("h100-80"), IDEAL), Rates(load("a100-80"), IDEAL)
@@ -63,7 +63,9 @@ def test_closed_forms_agree_with_the_simulator() -> None:
             tensor_model_parallel_size=4, pipeline_model_parallel_size=4, sequence_parallel=True,
             pipeline_schedule=schedule, **extra,
         )  # fmt: skip
-        assert quick_seconds(this, H100) == pytest.approx(step_time(this, H100).seconds, rel=0.04), schedule
+        assert quick_seconds(this, H100, Microbatch.of(this, H100)) == pytest.approx(
+            step_time(this, H100).seconds, rel=0.04
+        ), schedule
 
 
 def test_many_microbatches_are_continued_exactly() -> None:

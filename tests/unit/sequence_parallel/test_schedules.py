@@ -25,13 +25,13 @@ from megasp.sequence_parallel.schedules import (
 
 
 def causal(ranks: int) -> Pairs:
-    """Of contiguous shards."""
-    return frozenset((q, k) for q in range(ranks) for k in range(q + 1))
+    """Of contiguous shards of 4 tokens."""
+    return {(q, k): 10 if q == k else 16 for q in range(ranks) for k in range(q + 1)}
 
 
 def every(ranks: int) -> Pairs:
     """Of zigzag shards."""
-    return frozenset(itertools.product(range(ranks), repeat=2))
+    return dict.fromkeys(itertools.product(range(ranks), repeat=2), 8)
 
 
 def check_arrivals(steps: tuple[Step, ...], ranks: int) -> None:
@@ -66,16 +66,16 @@ def check_sums(schedule: Schedule) -> None:
 
 
 @st.composite
-def pairs_of_ranks(draw_value: st.DrawFn, mode: str) -> tuple[int, Pairs]:
+def pairs_of_ranks(draw_value: st.DrawFn) -> tuple[int, Pairs]:
     ranks = draw_value(st.integers(1, 8))
-    possible = sorted(causal(ranks) if mode == "lightseq" else every(ranks))
-    return ranks, frozenset(draw_value(st.sets(st.sampled_from(possible)))) | {(r, r) for r in range(ranks)}
+    some = draw_value(st.dictionaries(st.sampled_from(sorted(every(ranks))), st.integers(1, 9)))
+    return ranks, {(r, r): 1 for r in range(ranks)} | some
 
 
 @pytest.mark.parametrize("mode", SCHEDULES)
 @given(data=st.data(), parts=st.integers(1, 3))
 def test_schedule_is_sound(mode: str, data: st.DataObject, parts: int) -> None:
-    ranks, pairs = data.draw(pairs_of_ranks(mode))
+    ranks, pairs = data.draw(pairs_of_ranks())
     schedule = SCHEDULES[mode](ranks, pairs, parts)
     for steps in (schedule.forward, schedule.backward):
         tasks = [(task.q, task.k, task.part) for step in steps for task in step.tasks]
@@ -100,6 +100,36 @@ def test_lightseq_steps_and_volume(ranks: int) -> None:
         assert all(sorted(task.rank for task in step.tasks) == list(range(ranks)) for step in busy)
 
 
+@pytest.mark.parametrize("ranks", [*range(1, 18), 64])
+def test_lightseq_of_one_document_is_the_papers(ranks: int) -> None:
+    """In step t rank r has the keys of r - t, or where there are none does queries of r + ranks - t with its own."""
+    found = [set(step.tasks) for step in lightseq(ranks, causal(ranks)).forward if step.tasks]
+    for t, tasks in enumerate(found):
+        own = {Task(rank, rank, rank - t) for rank in range(t, ranks)}
+        helped = {Task(rank, rank + ranks - t, rank) for rank in range(t)} if 2 * t != ranks else set()
+        assert tasks == own | helped
+
+
+@given(drawn=pairs_of_ranks())
+def test_lightseq_helps_where_there_is_most_to_do(drawn: tuple[int, Pairs]) -> None:
+    """Nobody has more to do than without help, or could give a task to a helper who would then have less."""
+    ranks, pairs = drawn
+    schedule, alone, load = lightseq(ranks, pairs), [0] * ranks, [0] * ranks
+    tasks = [task for step in schedule.forward for task in step.tasks]
+    for task in tasks:
+        alone[task.q] += pairs[task.q, task.k]
+        load[task.rank] += pairs[task.q, task.k]
+    assert max(load) <= max(alone)
+    busiest = max(range(ranks), key=lambda rank: (load[rank], rank))
+    given_away = (task for task in tasks if task.rank == task.q == busiest != task.k)
+    assert all(load[task.k] + pairs[task.q, task.k] >= load[busiest] for task in given_away)
+    for rank in range(ranks):
+        of_rank = [[pairs[t.q, t.k] for t in step.tasks if t.rank == rank] for step in schedule.forward]
+        assert all(len(works) <= 1 for works in of_rank), "one at a time, so one arrival is held"
+        remote = [work for works in of_rank[1:] for work in works]
+        assert remote == sorted(remote, reverse=True)
+
+
 @pytest.mark.parametrize("ranks", range(2, 9))
 def test_ring_hops(ranks: int) -> None:
     schedule = ring(ranks, every(ranks))
@@ -108,7 +138,7 @@ def test_ring_hops(ranks: int) -> None:
 
 
 def test_ring_stops_where_the_window_does() -> None:
-    near = frozenset((q, k) for q, k in causal(8) if q - k <= 1)
+    near = {(q, k): 1 for q, k in causal(8) if q - k <= 1}
     assert sent(ring(8, near).forward, KV) == 7 and len(ring(8, near).forward) == 2
 
 
