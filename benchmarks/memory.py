@@ -35,6 +35,8 @@ CASES: list[tuple[str, int, str]] = [
     ("llama3-8b", 8, "--context-parallel-size 2"),
     ("llama3-8b", 8, "--recompute-granularity selective --recompute-modules mlp layernorm"),
     ("llama3-8b", 8, "--tiled-mlp 4 --tensor-model-parallel-size 2 --sequence-parallel"),
+    ("llama3-8b", 8, "--fp8-format hybrid --tensor-model-parallel-size 2 --sequence-parallel"),
+    ("llama3-8b", 8, "--fp8-format hybrid --fp8-recipe rowwise --first-last-layers-bf16 --ulysses-size 4"),
     ("llama3-8b", 8, "--pipeline-model-parallel-size 4 --global-batch-size 16"),
     ("llama3-8b", 8, f"--ulysses-size 8 {LONG}"),
     ("llama3-8b", 8, f"--ring-size 8 {LONG}"),
@@ -77,16 +79,11 @@ CASES: list[tuple[str, int, str]] = [
     ),
 ]
 SAID = (
-    "recompute",
-    "tiled",
-    "num-virtual",
-    "data-parallel-sharding",
-    "sequence-chunks",
-    "ulysses-head",
-    "cpu",
-    "optimizer-cpu",
-)
+    "recompute", "tiled", "num-virtual", "data-parallel-sharding", "sequence-chunks", "ulysses-head", "cpu",
+    "optimizer-cpu", "fp8", "first-last",
+)  # fmt: skip
 """Beginnings of the flags that a table names beside the layout."""
+
 OPTIONS = {
     "nothing": "",
     "selective: core_attn": "--recompute-granularity selective",
@@ -99,6 +96,9 @@ OPTIONS = {
     "full": FULL,
     "sequence chunks": "--sequence-chunks 8",
     "sequence chunks, full": f"--sequence-chunks 8 {FULL}",
+    "fp8": "--fp8-format hybrid",
+    "fp8, selective: layernorm, mlp_act": "--fp8-format hybrid --recompute-granularity selective "
+    "--recompute-modules layernorm mlp_act",
 }
 LONGEST = f"--cpu-offloading-attention --cpu-offloading-activations {FULL} --grad-reduce-in-bf16"
 CHUNK = 16384

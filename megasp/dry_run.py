@@ -26,13 +26,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from megasp import parallel_state
-from megasp.config.kernels import choose_kernel
+from megasp.config.kernels import KernelConfig, choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.data import Batch
 from megasp.data_parallel import global_norm, sum_partial_, sum_tied_
 from megasp.host_copies import PlainCopier
-from megasp.model import init, loss, matmul
+from megasp.model import fp8, init, loss, matmul, norm_kernels
 from megasp.parameters import Piece
 from megasp.training import communication
 from megasp.training.build import Training, build
@@ -157,11 +157,12 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
     Args:
         config: validated for this layout.
     """
+    fused_norms = config.kernels.norm("cuda", config.training.compute_dtype)[0] != "unfused"
     config = _kernel_of_a_gpu(config)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
         state = parallel_state.build(layout, torch.device("cpu"))
-        with fake_tensors() as tracker:
+        with fake_tensors(fused_norms) as tracker:
             training = build(config, state)
             for master, weight in zip(training.optimizer.masters, training.replicas.masters, strict=True):
                 for tensor in (master, *training.optimizer.state[master].values()) if master is not weight else ():
@@ -200,18 +201,43 @@ def _kernel_of_a_gpu(config: Config) -> Config:
     """The same run with the CPU's kernel that holds as much as a GPU's would: scores with both, or with neither; and
     with weight gradients in a GPU's dtype."""
     training, model = config.training, config.model
-    dtype = "bfloat16" if training.bf16 else "float32"
+    dtype = training.compute_dtype
     name, _ = choose_kernel(training.attention_backend, "cuda", dtype, model.attention_dropout, model.head_dim)
     backend = "unfused" if name == "unfused" else "auto"
     made = "fp32" if training.widens_gradients("cuda") else "compute"
     training = dataclasses.replace(training, attention_backend=backend, weight_gradient_dtype=made)
-    return dataclasses.replace(config, training=training)
+    return dataclasses.replace(config, training=training, kernels=KernelConfig())
+
+
+class _FusedNorms:
+    """What one kernel allocates: PyTorch's fused norms run as several operations on a CPU."""
+
+    def rms(self, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), _statistic(x)
+
+    def rms_backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), torch.empty_like(weight)
+
+    def layer(self, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(x), _statistic(x), _statistic(x)
+
+    def layer_backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _statistic(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
 @contextmanager
-def fake_tensors() -> Iterator[Tracker]:
-    """Fake tensors inside, which stand for those of a GPU (the loss passes over a chunk's logits at once there, and
-    products of lower precision are written in fp32 as they are), and the tracker that counts them."""
+def fake_tensors(fused_norms: bool = True) -> Iterator[Tracker]:
+    """Fake tensors inside, which stand for those of a GPU (the loss passes over a chunk's logits at once there,
+    products of lower precision are written in fp32 as they are, and norms may be one kernel), and the tracker that
+    counts them."""
 
     def no_values(piece: Piece, seed: int) -> Tensor:
         return torch.empty(0).expand(piece.box.size) if 0 in piece.box.size else torch.empty(()).expand(piece.box.size)
@@ -243,12 +269,19 @@ def fake_tensors() -> Iterator[Tracker]:
     def is_host(copies: PlainCopier, x: Tensor) -> bool:
         return tracker.of_host(x)
 
+    def no_product(a: Tensor, b: Tensor, *_: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        tracker.flops["matrix products"] += 2 * a.numel() * b.shape[1]
+        return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+
     gc.collect()
     with (
         mock.patch.multiple(PlainCopier, to_host=copy_out, is_host=is_host),
         mock.patch.object(DeviceMesh, "from_group", real_mesh),
         mock.patch.object(init, "initial_values", no_values),
         mock.patch.object(loss, "CACHE_BYTES", 1 << 62),
+        mock.patch.dict(norm_kernels.NORMS, unfused=_FusedNorms() if fused_norms else norm_kernels.UNFUSED),
+        mock.patch.dict(fp8.KERNELS, cpu=fp8.scaled_mm),
+        mock.patch.object(torch, "_scaled_mm", no_product),  # which has no form for fake tensors of a CPU
         mock.patch.object(matmul, "wide_product", wide_product),
         mock.patch.object(torch.UntypedStorage, "resize_", resize_),
         FakeTensorMode(allow_non_fake_inputs=True),

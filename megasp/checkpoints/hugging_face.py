@@ -30,7 +30,6 @@ from megasp.config.hf_config import family_of, write
 from megasp.config.hf_families import FAMILIES
 from megasp.config.schema import Config, DataConfig, ModelConfig
 from megasp.errors import CheckpointError
-from megasp.parameters import Box
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CARRIED = "hugging_face"
@@ -144,17 +143,10 @@ def _token_ids(folder: Path, eod: int | None) -> dict[str, Any]:
     return {key: carried.get(key, eod) for key in ("bos_token_id", "eos_token_id")}
 
 
-def _whole(shape: tuple[int, ...]) -> Box:
-    return Box((0,) * len(shape), shape)
-
-
 def _read(reader: CheckpointReader, stacked: Stacked, dtype: torch.dtype) -> Tensor:
-    """One tensor of Hugging Face's, of the canonical ones in it."""
-    out = torch.empty(stacked.stacked_shape, dtype=dtype)
-    row = 0
-    for name, shape in stacked.parts:
-        reader.read(f"model/{name}", _whole(shape), out[row : row + shape[0]])
-        row += shape[0]
+    """One tensor of Hugging Face's, of the canonical ones in it; nothing is copied that need not be."""
+    parts = [reader.whole(f"model/{name}").to(dtype) for name, _ in stacked.parts]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out.t() if stacked.transposed else out
 
 

@@ -117,6 +117,20 @@ class CheckpointReader:
             rule = f"its boxes give {filled} of {box.numel} elements from {box.start}"
             raise CheckpointError(f"{name} in {self.directory} is not whole", rule, COPY_AGAIN)
 
+    def whole(self, name: str) -> Tensor:
+        """The tensor `kind/name`: a view of the file's mapping, not to be written to, where it is stored in one piece.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        tensor = self.manifest.tensors[name]
+        box = Box((0,) * len(tensor.shape), tensor.shape)
+        if len(tensor.boxes) == 1 and tensor.boxes[0].box == box:
+            return self._source(tensor.boxes[0], box).expand(tensor.shape)
+        out = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
+        self.read(name, box, out)
+        return out
+
     def _source(self, stored: StoredBox, wanted: Box) -> Tensor:
         """The elements of a box within a stored one."""
         if stored.file is None:

@@ -25,6 +25,11 @@ class HostOffloadConfig:
     )
 
     @property
+    def moved_share(self) -> float:
+        """Share of the weights whose optimizer runs on the host."""
+        return self.optimizer_offload_fraction if self.optimizer_cpu_offload else 0.0
+
+    @property
     def optimizer_share(self) -> float:
         """Share of the weights whose masters and moments are on the host beside weights on the device."""
         away = self.optimizer_cpu_offload and not self.cpu_offloading_weights

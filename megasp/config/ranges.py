@@ -51,6 +51,7 @@ RANGES: dict[str, Range] = {
         (
             "window_size", "attention_sinks", "num_workers", "eval_iters", "lr_warmup_iters", "min_lr",
             "lr_warmup_init", "weight_decay", "clip_grad", "init_method_std", "adam_eps", "norm_epsilon", "seed",
+            "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16",
         ),
         COUNT,
     ),

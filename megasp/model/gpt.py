@@ -5,6 +5,7 @@ D hidden size, V vocabulary. The residual stream is [S, B, D], sequence first, s
 sequence never moves memory; with sequence parallelism it is [S / T, B, D].
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -21,7 +22,9 @@ from megasp.model.init import Factory
 from megasp.model.layers import VocabParallelEmbedding, lookup, replicated
 from megasp.model.loss import linear_cross_entropy
 from megasp.model.norm import Norm
+from megasp.model.norm_kernels import UNFUSED, NormKernel
 from megasp.model.offload import Offload
+from megasp.model.products import PLAIN, Products
 from megasp.model.recompute import recomputed, shared_out
 from megasp.model.rotary import cos_sin
 from megasp.parallel_state import ParallelState
@@ -44,6 +47,8 @@ class GPTModel(nn.Module):
         tiled_mlp: tiles of the sequence in which each MLP is computed.
         head_bytes: of the logits that exist at a time; 128 MiB without it.
         offloaded_layers: first layers whose activations go to the host.
+        norms: the kernel of norms.
+        products: layer number -> how its linear layers multiply; in the dtype of the parameters without it.
         factory: device, dtype and seed of the parameters.
 
     Example:
@@ -66,6 +71,8 @@ class GPTModel(nn.Module):
         tiled_mlp: int = 1,
         head_bytes: int | None = None,
         offloaded_layers: int = 0,
+        norms: NormKernel = UNFUSED,
+        products: Callable[[int], Products] = lambda number: PLAIN,
         factory: Factory | None = None,
     ) -> None:
         super().__init__()
@@ -91,7 +98,7 @@ class GPTModel(nn.Module):
         self.groups = recompute.groups(len(layers))
         self.recompute = [recompute if again else Recompute() for group, again in self.groups for _ in group]
         self.layers = nn.ModuleList(
-            Block(config, state, *options, f"layers.{number}", again, tiled_mlp)
+            Block(config, state, *options, f"layers.{number}", again, tiled_mlp, products(number), norms)
             for number, again in zip(layers, self.recompute, strict=True)
         )
         self.final_norm = self.head = None
@@ -105,11 +112,10 @@ class GPTModel(nn.Module):
                 factory=factory,
                 name="final_norm",
                 tiles=self.attend.sequence_chunks,
+                kernel=norms,
             )
-            if tied:
-                self.head = self.embedding if first else self._embedding(factory, "embedding", 1)
-            else:
-                self.head = self._embedding(factory, "head")
+            shared = self.embedding if first else self._embedding(factory, "embedding", 1) if tied else None
+            self.head = shared if tied else self._embedding(factory, "head")
 
     def _embedding(self, factory: Factory, name: str, copy: int | None = None) -> VocabParallelEmbedding:
         return VocabParallelEmbedding(

@@ -16,9 +16,11 @@ def report(request: Request) -> list[str]:
     if plan is None:
         return [f"no sequence fits {request.gpus} x {request.hardware.name}: not even {_unit(request):,} tokens"]
     time, tokens = plan.time, plan.config.training.seq_length
+    node = max(rank.host for rank in plan.memory) * min(request.hardware.node_gpus, request.gpus)
     return [
         f"{tokens:,} tokens on {request.gpus} x {request.hardware.name}: {plan.layout.name}, {options(plan)}",
-        f"{plan.peak / 1e9:.1f} GB a GPU; {time.seconds:.3g} s a step of {time.job.step_tokens:,} tokens, "
+        f"{plan.peak / 1e9:.1f} GB a GPU, {node / 1e9:,.0f} GB of a node's host; "
+        f"{time.seconds:.3g} s a step of {time.job.step_tokens:,} tokens, "
         f"{time.tokens_per_second_per_gpu:,.0f} tokens/s on each GPU",
     ]
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 
+from megasp.config.host_offload import HostOffloadConfig
 from megasp.config.layout import Layout
 from megasp.config.model import ModelConfig
 from megasp.config.recompute import ActivationConfig
@@ -134,15 +135,24 @@ class Floor:
         gradient_item = 2 if config.training.grad_reduce_in_bf16 else None
         return cls(tuple(found), layer_parameters(config.model, sizes.tp), sizes.item, gradient_item, microbatches)
 
-    def needed(self, layout: Layout) -> float:
-        """What a GPU must have, with the layout's sharding."""
-        return with_outside(max(self._allocated(layout, *end) for end in self.ends))
+    def needed(self, layout: Layout, host: HostOffloadConfig) -> float:
+        """What a GPU must have, with the layout's sharding, and what is on the host."""
+        return with_outside(max(self._allocated(layout, host, *end) for end in self.ends))
 
-    def _allocated(self, layout: Layout, elements: int, heads: int, backward: int) -> int:
+    def _allocated(self, layout: Layout, host: HostOffloadConfig, elements: int, heads: int, backward: int) -> int:
         shards = layout.dp_inner * layout.cp
-        ranks, zero = shards * layout.dp_outer, layout.zero
         states = state_bytes(
-            elements, self.unit, heads, self.item, ranks, shards, zero, self.gradient_item, self.microbatches
+            elements,
+            self.unit,
+            heads,
+            self.item,
+            shards * layout.dp_outer,
+            shards,
+            layout.zero,
+            self.gradient_item,
+            self.microbatches,
+            host.optimizer_share,
+            host.cpu_offloading_weights,
         )
         held = states.parameters + states.masters + states.optimizer + (0 if states.growing else states.gradients)
         return held + states.gathered + states.lingering + backward
@@ -151,5 +161,5 @@ class Floor:
 @cache
 def _layers(model: ModelConfig, sizes: Sizes, activations: ActivationConfig, count: int) -> tuple[int, int]:
     """What the layers of a stage keep of a microbatch, and what the last one's backward takes beside it."""
-    layers = stage_layers(model, sizes, activations.recompute, count, activations.offloaded(count))
+    layers = stage_layers(model, sizes, activations.recompute, [sizes.products] * count, activations.offloaded(count))
     return sum(layer.total for layer in layers), layers[-1].backward - layers[-1].total

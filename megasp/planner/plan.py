@@ -21,10 +21,14 @@ from megasp.config.megatron_flags import translate
 from megasp.errors import ConfigError
 from megasp.planner import hardware, launch, longest, page, report
 from megasp.planner.search import Found, search
-from megasp.planner.space import Request
+from megasp.planner.space import Request, layouts
 
 DEFAULTS: dict[str, Any] = {"bf16": True, "mock_data": True, "lr": 1e-4, "train_iters": 1000, "eval_iters": 0}
 """What a plan does not depend on, and a run must say."""
+
+
+NEARBY = 64
+"""How far from a number of GPUs that has no layout another is looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,10 @@ def main(argv: Sequence[str], prog: str) -> int:
         return 0
     _check(options)
     request = Request(config, frozenset(given), options.gpus, hardware.load(options.gpu))
+    if config.fp8.fp8_format is not None and "fp8" not in request.hardware.matmul:
+        raise ConfigError(
+            f"--fp8-format on {request.hardware.name}", "it has no fp8 rate: nothing can be timed", "use --bf16 alone"
+        )
     if options.max_seq_length:
         print("\n".join(longest.report(request)))
         return 0
@@ -148,6 +156,12 @@ def _explain(request: Request, options: PlanOptions) -> int:
 def _nothing(found: Found, request: Request) -> ConfigError:
     """Why no layout is left, and what would."""
     gpu = request.hardware
+    if found.host < float("inf"):
+        return ConfigError(
+            f"{request.gpus} x {gpu.name} with {gpu.host_memory / 1e9:.0f} GB of host memory a node",
+            f"what fits the GPUs keeps {found.host / 1e9:.0f} GB there",
+            "use more GPUs, keep less on the host, or say a larger host: memory_GB in a --gpu FILE.yaml",
+        )
     if found.too_large:
         peak, _ = min(found.too_large.values(), key=lambda item: item[0])
         return ConfigError(
@@ -155,11 +169,24 @@ def _nothing(found: Found, request: Request) -> ConfigError:
             f"no layout fits: the smallest needs {peak / 1e9:.0f} GB of {gpu.memory / 1e9:.0f} on a GPU",
             "use more GPUs or larger ones, a shorter sequence, or leave recompute and sharding to the planner",
         )
+    near = " or ".join(str(gpus) for gpus in _nearest(request))
     error = next(iter(found.illegal.values()), None)
     if error is not None:
-        return error
+        return error if not near else ConfigError(error.got, error.rule, f"{error.fix}; {near} GPUs have a layout")
     return ConfigError(
         f"{request.gpus} GPUs for global-batch-size {request.config.training.global_batch_size}",
-        "no layout has a whole number of samples on each rank",
-        "use a batch that more divisors of the GPUs divide",
+        "no layout splits the model's heads and layers, the sequence and the batch over so many",
+        f"use {near} GPUs" if near else "use a batch that more divisors of the GPUs divide",
     )
+
+
+def _nearest(request: Request) -> list[int]:
+    """The next smaller and larger number of GPUs that has a legal layout, as far as there is one nearby."""
+    found = []
+    for direction in (-1, 1):
+        for gpus in range(request.gpus + direction, max(0, request.gpus + direction * NEARBY), direction):
+            other = dataclasses.replace(request, gpus=gpus)
+            if any(map(other.is_legal, layouts(other))):
+                found.append(gpus)
+                break
+    return found

@@ -45,6 +45,9 @@ def options(plan: Plan) -> str:
     activations = plan.config.activations
     words += [f"MLP in {activations.tiled_mlp} tiles"] * (activations.tiled_mlp > 1)
     words += ["activations on the host"] * activations.cpu_offloading_activations
+    host = plan.config.offload
+    words += ["optimizer on the host"] * (host.optimizer_cpu_offload and not host.cpu_offloading_weights)
+    words += ["weights and optimizer on the host"] * host.cpu_offloading_weights
     return ", ".join(words)
 
 

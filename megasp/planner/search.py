@@ -78,6 +78,7 @@ class Found:
         illegal: axes that cannot run, with the rule's sentence.
         too_large: axes of which something does not fit, with the smallest of those, in
             bytes, and its values.
+        host: least memory of a node's host that what fits the GPUs needs, where no host has it.
         tried: combinations that were timed; `accounts`: of those, whose memory was counted by the account.
         space: combinations of axes.
     """
@@ -86,14 +87,18 @@ class Found:
     bounds: dict[Key, tuple[float, Job]] = field(default_factory=dict)
     illegal: dict[Key, ConfigError] = field(default_factory=dict)
     too_large: dict[Key, tuple[float, Values]] = field(default_factory=dict)
+    host: float = float("inf")
     tried: int = 0
     accounts: int = 0
     space: int = 0
 
 
 def search(request: Request) -> Found:
-    """The answers to a request, and why others are none."""
-    return _Search(request).run()
+    """The answers to a request, and why others are none; where nothing fits, with the host's memory."""
+    found = _Search(request).run()
+    if found.plans or request.host or not found.too_large:
+        return found
+    return _Search(replace(request, host=True)).run()
 
 
 def axes_key(axes: Values) -> Key:
@@ -204,11 +209,19 @@ class _Search:
 
     def _least(self, job: Job) -> float:
         """Seconds that a job takes however it is sharded."""
-        bare = replace(job, zero=0)
+        bare = replace(job, zero=0, offload_weights=False)
         return least_seconds(bare, self.rates, self._microbatch(bare))
 
     def _microbatch(self, job: Job) -> Microbatch:
-        key = (job.layout, job.ring_mode, job.micro_batch, job.zero, job.recompute, job.offload_activations)
+        key = (
+            job.layout,
+            job.ring_mode,
+            job.micro_batch,
+            job.recompute,
+            job.offload_activations,
+            job.zero,
+            job.offload_weights,
+        )
         if key not in self._microbatches:
             self._microbatches[key] = Microbatch.of(job, self.rates)
         return self._microbatches[key]
@@ -275,7 +288,7 @@ class _Search:
                 self._sizes[size] = config, sizes_of(config, job.layout, "cuda")
             self._floors[shape, size] = Floor.of(self._ends[shape], *self._sizes[size], job.microbatches)
         key = shape, size
-        peak = self._floors[key].needed(option.layout)
+        peak = self._floors[key].needed(option.layout, option.host)
         return self._noted(axes, values | option.values, peak) <= self.request.hardware.memory
 
     def _memory(self, axes: Values, values: Values, layout: Layout) -> tuple[Memory, ...] | None:
@@ -284,8 +297,13 @@ class _Search:
         ranks = tuple(memory(self.request.with_values(values), layout, ends(layout)))
         peak = self._noted(axes, values, max(rank.needed for rank in ranks))
         hardware = self.request.hardware
-        share = hardware.host_memory / min(hardware.node_gpus, layout.world_size)
-        return ranks if peak <= hardware.memory and max(rank.host for rank in ranks) <= share else None
+        node = max(rank.host for rank in ranks) * min(hardware.node_gpus, layout.world_size)
+        if peak > hardware.memory:
+            return None
+        if node > hardware.host_memory:
+            self.found.host = min(self.found.host, node)
+            return None
+        return ranks
 
     def _noted(self, axes: Values, values: Values, peak: float) -> float:
         key = axes_key(axes)

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megasp.config.host_offload import HostOffloadConfig
 from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.config.validate import validate
+from megasp.errors import ConfigError
 from megasp.planner.hardware import Hardware
 from megasp.planner.job import Job, Redone
 
@@ -32,6 +34,12 @@ RECOMPUTES: tuple[Values, ...] = (
 )
 """From the fastest to the one that keeps least."""
 
+HOST: tuple[Values, ...] = (
+    {"optimizer_cpu_offload": True},
+    {"optimizer_cpu_offload": True, "cpu_offloading_weights": True},
+)
+"""What the host's memory may take over, beside ZeRO-3, where nothing fits otherwise."""
+
 SHARDING = ("no_shard", "optim", "optim_grads", "optim_grads_params")
 
 
@@ -43,12 +51,14 @@ class Request:
         config: everything that was given; the rest at its default.
         given: names of the fields that were given, and so stand.
         gpus: how many.
+        host: whether optimizer and weights may go to the host's memory; what fits without is faster.
     """
 
     config: Config
     given: frozenset[str]
     gpus: int
     hardware: Hardware
+    host: bool = False
 
     def free(self, name: str) -> bool:
         """Whether the planner may choose this field."""
@@ -66,6 +76,14 @@ class Request:
         """
         config = self.with_values(values)
         return config, validate(config, self.gpus, "cuda")
+
+    def is_legal(self, axes: Values) -> bool:
+        """Whether axes can run, with one sample in a microbatch where that is free."""
+        try:
+            self.legal(axes | ({"micro_batch_size": 1} if self.free("micro_batch_size") else {}))
+        except ConfigError:
+            return False
+        return True
 
 
 def with_values(config: Config, values: Values) -> Config:
@@ -163,7 +181,7 @@ class MemoryOption:
         values: of the configuration.
         layout: with this sharding.
         redone: what is recomputed; None where the request says it.
-        offloaded: share of the layers whose kept activations go to the host.
+        offloaded: share of the layers whose kept activations go to the host; `host`: what else does.
         thrift: how much recompute and sharding save, each more than a smaller number's.
     """
 
@@ -171,13 +189,20 @@ class MemoryOption:
     layout: Layout
     redone: Redone | None
     offloaded: float
+    host: HostOffloadConfig
     thrift: tuple[int, int]
 
     def applied(self, job: Job) -> Job:
         """The job with it."""
         again = job.recompute if self.redone is None else self.redone
         return dataclasses.replace(
-            job, zero=self.layout.zero, layout=self.layout, recompute=again, offload_activations=self.offloaded
+            job,
+            zero=self.layout.zero,
+            layout=self.layout,
+            recompute=again,
+            offload_activations=self.offloaded,
+            offload_optimizer=self.host.moved_share,
+            offload_weights=self.host.cpu_offloading_weights,
         )
 
 
@@ -196,12 +221,22 @@ def memory_options(request: Request, layout: Layout) -> list[MemoryOption]:
         activations = request.with_values(recompute).activations
         redone = Redone.of(activations.recompute) if recompute else None
         offloaded = float(activations.cpu_offloading_activations)
+
+        def option(values: Values, zero: int, outer: int, saves: int) -> MemoryOption:
+            this = dataclasses.replace(layout, zero=zero, dp_outer=outer, dp_inner=layout.dp // outer)
+            host = request.with_values(values).offload
+            return MemoryOption(recompute | values, this, redone, offloaded, host, (place, saves))  # noqa: B023
+
         for stage in stages:
             zero = parallel.zero_stage if stage is None else SHARDING.index(stage)
-            values = recompute if stage is None else recompute | {"data_parallel_sharding_strategy": stage}
+            values = {} if stage is None else {"data_parallel_sharding_strategy": stage}
             for instances, outer in _instances(request, layout, zero):
-                this = dataclasses.replace(layout, zero=zero, dp_outer=outer, dp_inner=layout.dp // outer)
-                made.append(MemoryOption(values | instances, this, redone, offloaded, (place, 2 * zero + (outer == 1))))
+                made.append(option(values | instances, zero, outer, 2 * zero + (outer == 1)))
+        if request.host and stages[-1] is not None:
+            for more, extra in enumerate(HOST):
+                zero = 3 if layout.dp * layout.cp > 1 or len(extra) > 1 else 0
+                sharded = {"data_parallel_sharding_strategy": SHARDING[zero]}
+                made.append(option(sharded | extra, zero, 1, 2 * len(SHARDING) + more))
     return made
 
 

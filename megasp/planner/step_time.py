@@ -233,9 +233,10 @@ def _optimizer(job: Job, rates: Rates, rank: int) -> float:
     """AdamW on this rank's share; on the host it is bound by the host's memory and the copies there and back."""
     shards = groups(job)["shard"].size if job.zero else 1
     share = job.rank_parameters(rank) / shards
+    on_device = rates.memory(OPTIMIZER_BYTES * share * (1 - job.offload_optimizer))
     if not job.offload_optimizer:
-        return rates.memory(OPTIMIZER_BYTES * share)
-    hardware = rates.hardware
+        return on_device
+    share, hardware = share * job.offload_optimizer, rates.hardware
     host = OPTIMIZER_BYTES * share * min(hardware.node_gpus, job.layout.world_size) / hardware.host_memory_rate
     copies = rates.host((job.software.gradient_bytes + 2) * share)
-    return host + copies * (1 - PULLED)
+    return on_device + host + copies * (1 - PULLED)

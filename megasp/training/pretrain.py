@@ -21,6 +21,7 @@ from megasp.config.validate import validate
 from megasp.data import BlendedDataset, Dataset, Loader
 from megasp.data.phases import Phase, describe
 from megasp.errors import CheckpointError, DataError
+from megasp.model import fp8
 from megasp.model.flops import flops_per_token, parameter_count
 from megasp.pipeline import trace
 from megasp.pipeline.schedules import placement
@@ -269,8 +270,14 @@ def _introduce(training: Training, datasets: Datasets, phases: Sequence[Phase], 
         log.info(line)
     log.info(
         f"model: {parameter_count(model):,} parameters, {model.num_layers} layers, hidden {model.hidden_size}, "
-        f"vocabulary {model.padded_vocab_size}; compute in {dtype}, attention kernel {training.attention_kernel}"
+        f"vocabulary {model.padded_vocab_size}; compute in {dtype}"
     )
+    log.info(
+        f"kernels: attention {training.attention_kernel}, norms {training.norm_kernel}, optimizer "
+        f"{training.optimizer_kernel}"
+    )
+    if config.fp8.fp8_format is not None:
+        log.info(f"fp8: {fp8.describe(config.fp8, model.num_layers, training.state.device)}")
     log.info(
         f"training: steps {start.step + 1} to {steps}, {batch} samples of {config.training.seq_length} tokens a step "
         f"({config.num_microbatches(layout)} microbatches of {config.training.micro_batch_size} "

@@ -119,15 +119,14 @@ def _gradients(training: Training, microbatches: int, sent: Sent) -> None:
     layers = sum(len(stage.layers) for stage in stages) * layer_parameters(config.model, tp)
     beside = [end_parameters(config.model, tp, stage.first, stage.last) for stage in stages]
     ends = sum(sum(end.values()) for end in beside)
-    used_twice = any(stage.first and stage.last for stage in stages) and not any("head" in end for end in beside)
-    alone = 0 if used_twice else sum(end.get("embedding", 0) for end in beside)  # whose backward needs no weights
+    norms = sum(end.get("final norm", 0) for end in beside)  # of the rest the backward needs no weights
     item, wide = training.dtype.itemsize, 2 if config.training.grad_reduce_in_bf16 else max(4, training.dtype.itemsize)
     shards, replicas = axes["dp_cp"].size, axes["dp_outer"].size
     if zero == 0 or shards == 1:
         ranks = axes["dp_outer_dp_cp"].size
         sent["dp_outer_dp_cp", "all_reduce"] += 2 * wide * (layers + ends) * (ranks - 1) // ranks
         return
-    gathered = (2 * (layers + ends) - alone) * microbatches if zero == 3 else layers + ends
+    gathered = (2 * layers + ends + norms) * microbatches if zero == 3 else layers + ends
     reduced = (layers + ends) * (1 if zero == 1 or config.pipeline.defers_weight_gradients else microbatches)
     sent["dp_cp", "all_gather"] += item * gathered * (shards - 1) // shards
     sent["dp_cp", "reduce_scatter"] += wide * reduced * (shards - 1) // shards

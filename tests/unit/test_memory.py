@@ -26,6 +26,7 @@ GPT2 = SMALL | {
 }  # fmt: skip
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 SP = {TP: 2, "sequence_parallel": True}
+FP8 = {"fp8_format": "hybrid"}
 SELECTIVE = {"recompute_granularity": "selective"}
 
 HOST = {"optimizer_cpu_offload": True}
@@ -76,6 +77,14 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "1f1b": ({PP: 2, "global_batch_size": 4}, 2),
     "interleaved": ({PP: 2, "global_batch_size": 4, "num_virtual_stages_per_pipeline_rank": 2}, 2),
     "zb-h1": ({PP: 2, "global_batch_size": 4, "pipeline_schedule": "zb-h1"}, 2),
+    "fp8": (FP8, 1),
+    "fp8-sp": (FP8 | SP | {"first_last_layers_bf16": True}, 2),
+    "fp8-tp": (FP8 | {TP: 2}, 2),
+    "fp8-rowwise": (FP8 | SP | {"fp8_recipe": "rowwise"}, 2),
+    "fp8-remade": (FP8 | SP | SELECTIVE | {"recompute_modules": ("layernorm", "mlp_act")}, 2),
+    "fp8-tiled": (FP8 | {"tiled_mlp": 8}, 1),
+    "fp8-zero3": (FP8 | {"data_parallel_sharding_strategy": "optim_grads_params", "global_batch_size": 4}, 2),
+    "fp8-zb-h1": (FP8 | {PP: 2, "global_batch_size": 4, "pipeline_schedule": "zb-h1"}, 2),
     "zbv": ({PP: 2, "global_batch_size": 4, "pipeline_schedule": "zbv"}, 2),
 }
 

@@ -115,7 +115,7 @@ def _iteration(source: Path) -> Path:
     if (source / CONFIG).is_file() or any(source.glob("mp_rank_*")):
         return source
     try:
-        latest = (source / LATEST).read_text().strip()
+        latest = (source / LATEST).read_text(errors="replace").strip()
     except OSError as error:
         rule = f"it holds neither {CONFIG}, nor mp_rank_* directories, nor {LATEST} ({error.strerror})"
         raise CheckpointError(f"{source} is no checkpoint of Megatron-LM's", rule, "check --input") from None
@@ -162,8 +162,8 @@ def _entries(directory: Path, stored: Stored, model: ModelConfig, optimizer: boo
 
 
 def _by_kind(stored: Stored) -> dict[str, dict[str, Source]]:
-    """ "weights", or a kind of the optimizer's state -> its tensors, by the key of their weight."""
-    kinds: dict[str, dict[str, Source]] = defaultdict(dict)
+    """Tensors by the key of their weight, of the weights themselves and of each kind of the optimizer's state."""
+    kinds: dict[str, dict[str, Source]] = defaultdict(dict, weights={})
     for key, source in stored.sources.items():
         match = _OPTIMIZER.fullmatch(key)
         if match:
@@ -203,7 +203,7 @@ def _entry(
     if source is None:
         rule = f"it holds {kind}/{name} of the model that its settings, or your flags, say"
         raise CheckpointError(f"{directory} has no tensor {what}", rule, "check the model's flags, or copy it again")
-    ranges = rows(model, source.shape[0])
+    ranges = rows(model, source.shape[0] if source.shape else 0)
     found = (sum(map(len, ranges)), *source.shape[1:])
     if found != shape:
         rule = f"{name} is {list(found)} there and {list(shape)} by its settings, or your flags"

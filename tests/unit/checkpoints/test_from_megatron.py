@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megasp.checkpoints import Shard, load
-from megasp.checkpoints.megatron.conversion import Converted, from_megatron
+from megasp.checkpoints.megatron.conversion import Converted, _loss_scale, _steps, from_megatron
 from megasp.checkpoints.megatron.rank_files import read_rank_files
 from megasp.checkpoints.megatron.torch_files import Record, read_torch
 from megasp.cli import main
@@ -535,3 +535,12 @@ def test_weights_alone_of_older_files(written: Written, tmp_path: Path) -> None:
     assert all(
         name.startswith("model/") and torch.equal(tensor, wanted[name]) for name, tensor in tensors(done).items()
     )
+
+
+def test_loss_scale_and_steps_of_fp16() -> None:
+    """Where a step overflowed Adam has taken fewer than the run."""
+    scaler = {"scale": torch.tensor([512.0]), "growth_tracker": 3, "hysteresis_tracker": 1}
+    groups = {"param_groups": [{"lr": 1.0, "step": 7}, {"lr": 1.0, "step": 7}]}
+    common = {"optimizer": {"grad_scaler": scaler, "optimizer": groups}}
+    assert _loss_scale(common) == {"scale": 512.0, "good_steps": 3, "overflows_left": 1} and _steps(common, 9) == 7
+    assert _loss_scale({})["scale"] == 1.0 and _steps({}, 9) == 9
