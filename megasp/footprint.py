@@ -50,7 +50,7 @@ class Footprint:
         backward: the most at a time in the backward, with all that was kept and the output's gradient.
         deferred: what waits for weight gradients that are put off.
         put_off: as `backward`, where they are.
-        host: what is kept on the host.
+        host: what is kept on the host; `host_working`: the most that is there at a time beside.
     """
 
     output: int
@@ -61,6 +61,7 @@ class Footprint:
     deferred: int = 0
     put_off: int = 0
     host: int = 0
+    host_working: int = 0
 
     @cached_property
     def total(self) -> int:
@@ -148,7 +149,7 @@ def _backward(
 def joined(footprints: Sequence[Footprint]) -> Footprint:
     """Footprints one after another, each with the output of the one before as its input."""
     kept: Counter[str] = Counter()
-    forward = passing = backward = deferred = put_off = 0
+    forward = passing = backward = deferred = put_off = host = 0
     after = sum(each.deferred for each in footprints)  # the backward begins with the last one
     for each in footprints:
         after -= each.deferred
@@ -158,7 +159,9 @@ def joined(footprints: Sequence[Footprint]) -> Footprint:
         put_off = max(put_off, sum(kept.values()) + each.put_off + after)
         kept.update(each.kept)
         deferred += each.deferred
-    return Footprint(footprints[-1].output, dict(kept), forward, passing, backward, deferred, put_off)
+        host += each.host
+    working = max(each.host_working for each in footprints)
+    return Footprint(footprints[-1].output, dict(kept), forward, passing, backward, deferred, put_off, host, working)
 
 
 def recomputed(
@@ -170,7 +173,10 @@ def recomputed(
     share = size // shares if shares > 1 else 0
     forward = inner.passing + sum(kept.values()) - (size if shares == 1 else 0)
     backward, put_off = (max(inner.forward + inner.output, most) + share for most in (inner.backward, inner.put_off))
-    return Footprint(inner.output, kept, forward, inner.passing, backward, inner.deferred, put_off)
+    working = inner.host + inner.host_working
+    return Footprint(
+        inner.output, kept, forward, inner.passing, backward, inner.deferred, put_off, host_working=working
+    )
 
 
 def as_part(inner: Footprint, size: int, name: str) -> Part:

@@ -152,20 +152,22 @@ def _check_order(config: Config, layouts: Sequence[Layout], world_size: int | No
 
 
 def compare(
-    config: Config, layouts: Sequence[Layout], steps: int = 3, dtype: str = "fp64"
+    config: Config, layouts: Sequence[Layout], steps: int = 3, dtype: str = "fp64", reference: Config | None = None
 ) -> Iterator[tuple[Layout, Worst]]:
     """Each layout with its differences from one process, as they are found.
 
+    Args:
+        reference: what the one process runs; `config` without it.
     Raises:
         ConfigError: before anything runs, when a layout cannot run this configuration.
     """
     configs = [in_layout(config, layout) for layout in layouts]
     layouts = [validate(each, layout.world_size) for each, layout in zip(configs, layouts, strict=True)]
     with tempfile.TemporaryDirectory(prefix="megasp-verify-") as folder:
-        reference = Path(folder, "reference.pt")
-        run_ranks(_record, 1, in_layout(config, Layout()), steps, dtype, reference)
+        file = Path(folder, "reference.pt")
+        run_ranks(_record, 1, in_layout(reference or config, Layout()), steps, dtype, file)
         for each, layout in zip(configs, layouts, strict=True):
-            ranks = run_ranks(_difference, layout.world_size, each, layout, steps, dtype, reference)
+            ranks = run_ranks(_difference, layout.world_size, each, layout, steps, dtype, file)
             yield layout, Worst(*(max(getattr(r, part) for r in ranks) for part in ("loss", "gradient", "weight")))
 
 

@@ -1,6 +1,6 @@
 """Grouped-query self-attention, split over tensor-parallel ranks by heads and over Ulysses ranks by sequence."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from megasp.model.products import PLAIN, Products
 from megasp.model.recompute import recomputed
 from megasp.model.rotary import rotate_
 from megasp.parallel_state import ParallelState
-from megasp.sequence_parallel import Kept, SequenceAttention, Work
+from megasp.sequence_parallel import Chunk, Kept, Past, SequenceAttention, Work
 from megasp.sequence_parallel.block_kernels import AttentionDropout
 
 
@@ -34,8 +34,20 @@ class Tokens:
 
     keys: TokenKeys | None = None
     rotary: tuple[Tensor, Tensor] | None = None
-    work: Work | None = None
+    work: Work | Chunk | None = None
     kept: Kept | None = None
+
+    def chunk(self, number: int, chunks: int, split: int, past: Past) -> "Tokens":
+        """The same for one chunk of the residual stream, which `split` tensor-parallel ranks share."""
+        keys, rotary = self.keys, self.rotary
+        if keys is not None:
+            keys = replace(keys, positions=keys.positions.chunk(chunks)[number])
+        if rotary is not None:
+            # Of the positions of every one of these ranks, for attention gathers them.
+            cos, sin = (table.unflatten(0, (split, chunks, -1))[:, number].flatten(0, 1) for table in rotary)
+            rotary = cos, sin
+        assert isinstance(self.work, Work)
+        return Tokens(keys, rotary, Chunk(self.work, number, past))
 
 
 class Attention(nn.Module):

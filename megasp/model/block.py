@@ -78,6 +78,8 @@ class Block(nn.Module):
         tiles: in which the MLP and its norm are computed, along the sequence.
         products: how the linear layers multiply.
         norms: the kernel of norms.
+
+    Where attention is over chunks of the sequence, the whole layer is computed chunk by chunk.
     """
 
     def __init__(
@@ -94,7 +96,9 @@ class Block(nn.Module):
         norms: NormKernel = UNFUSED,
     ) -> None:
         super().__init__()
-        self.recompute, self.tiles = recompute, tiles
+        self.recompute = recompute
+        self.chunks, self.split = attend.sequence_chunks, state.tp.size if sequence_parallel else 1
+        self.tiles = -(-tiles // self.chunks)  # of a chunk
 
         def norm(site: str) -> Norm:
             return Norm(
@@ -118,6 +122,16 @@ class Block(nn.Module):
         self.mlp_key = site_key(factory.seed, f"{name}.mlp residual")
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        if self.chunks == 1:
+            return self._layer(x, tokens)
+        past = self.attention.attend.past()
+
+        def chunk(x: Tensor, number: int) -> Tensor:
+            return self._layer(x, tokens.chunk(number, self.chunks, self.split, past))
+
+        return tiled(chunk, x, self.chunks, list(self.parameters()), past)
+
+    def _layer(self, x: Tensor, tokens: Tokens) -> Tensor:
         x = x + dropout(self._attention(x, tokens), self.dropout, self.attention_key, tokens.keys)
         return x + dropout(self._mlp(x), self.dropout, self.mlp_key, tokens.keys)
 
@@ -129,7 +143,7 @@ class Block(nn.Module):
     def _mlp(self, x: Tensor) -> Tensor:
         norm, mlp, does = self.mlp_norm, self.mlp, self.recompute.does
         if self.tiles > 1:
-            return tiled(lambda x: mlp(norm(x)), x, self.tiles, [*norm.parameters(), *mlp.parameters()])
+            return tiled(lambda x, _: mlp(norm(x)), x, self.tiles, [*norm.parameters(), *mlp.parameters()])
         if does("mlp") and does("layernorm") and torch.is_grad_enabled():
             return recomputed(lambda x: mlp(norm(x)), x)
         normed = norm(x)

@@ -17,8 +17,8 @@ from megasp.model.loss import loss_footprint
 from megasp.model.norm import norm_footprint
 from megasp.model.products import PLAIN, Products
 from megasp.model.rotary import rotary_footprint, tables_footprint
-from megasp.model.tiles import tiled_footprint
-from megasp.sequence_parallel.memory import AttentionSizes, attention_parts
+from megasp.model.tiles import chunked_footprint, tiled_footprint
+from megasp.sequence_parallel.memory import AttentionSizes, PastBytes, attention_parts
 
 STREAM = "residual stream"
 
@@ -36,6 +36,8 @@ class Sizes:
         attention: how attention is split; its heads are this tensor-parallel rank's.
         dropout: whether dropout is on.
         tiles: of the MLP.
+        chunks: of the sequence, one after another; `chunks_on_host`: where what they leave is.
+        head_bytes: of the logits that exist at a time; the loss's own choice without it.
         products: how linear layers multiply.
         fused_norms: whether a norm is one kernel.
     """
@@ -49,6 +51,9 @@ class Sizes:
     sequence_parallel: bool
     attention: AttentionSizes
     tiles: int = 1
+    chunks: int = 1
+    chunks_on_host: bool = False
+    head_bytes: int | None = None
     products: Products = PLAIN
     fused_norms: bool = False
 
@@ -74,6 +79,11 @@ def layer_parameters(model: ModelConfig, tp: int) -> int:
     return d * (qkv + heads * head + up + ffn) + norms + biases
 
 
+def norm_parameters(model: ModelConfig) -> int:
+    """Elements of a norm of the residual stream."""
+    return model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
+
+
 def largest_matrix(model: ModelConfig, tp: int) -> int:
     """Elements of a layer's largest tensor on one rank of `tp`."""
     return model.hidden_size * model.mlp_size * (2 if model.swiglu else 1) // tp
@@ -88,7 +98,7 @@ def end_parameters(model: ModelConfig, tp: int, first: bool, last: bool) -> dict
     counts = {
         "embedding": first * table,
         "positions": learned * (model.max_position_embeddings or 1024) * d,
-        "final norm": last * d * (2 if model.normalization == "LayerNorm" else 1),
+        "final norm": last * norm_parameters(model),
         "head": own_head * table,
     }
     return {name: count for name, count in counts.items() if count}
@@ -100,7 +110,7 @@ def _norm(model: ModelConfig, sizes: Sizes, remade: bool = False) -> Part:
     return replace(part, remade=remade)
 
 
-def _attention(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[Part]:
+def _attention(model: ModelConfig, sizes: Sizes, recompute: Recompute, chunk: Part | None = None) -> list[Part]:
     attention, item, gradient = sizes.attention, sizes.item, sizes.gradient
     remade = recompute.does("layernorm")
     width = (attention.heads + 2 * attention.kv_heads) * attention.head_dim
@@ -118,7 +128,7 @@ def _attention(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[P
     if model.position_embedding_type == "rope":
         rotating = heads * (int(model.head_dim * model.rotary_percent) // 2 * 2) * item
         parts.append(rotary_footprint(attention.qkv, rotating))
-    inner = attention_parts(attention)
+    inner = attention_parts(attention, chunk)
     if recompute.does("core_attn"):
         parts.append(as_part(chain(inner, attention.qkv, "q, k, v"), attention.qkv, "attention output"))
     else:
@@ -175,12 +185,39 @@ def _mlp(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[Part]:
     return [norm, as_part(chain([*mlp, *end], stream, "norm output"), stream, "residual branch"), *dropped]
 
 
+def _layer(
+    model: ModelConfig, sizes: Sizes, recompute: Recompute, chunk: Part | None = None, held: int = 0
+) -> Footprint:
+    """A layer; of a `chunk` of the sequence, `held` bytes of gradients of weights wait when attention's turn comes."""
+    stream = sizes.rows * model.hidden_size * sizes.item
+    parts = _attention(model, sizes, recompute, chunk), _mlp(model, sizes, recompute)
+    attention, mlp = (chain(half, stream, STREAM, residual=True) for half in parts)
+    return joined([replace(attention, backward=attention.backward + held), mlp])
+
+
+def _in_chunks(model: ModelConfig, sizes: Sizes) -> Footprint:
+    chunks, stream = sizes.chunks, sizes.rows * model.hidden_size * sizes.item
+    attention = replace(sizes.attention, tokens=sizes.attention.tokens // chunks)
+    tiles = -(-sizes.tiles // chunks)
+    one = replace(sizes, tokens=sizes.tokens // chunks, attention=attention, tiles=tiles, chunks=1)
+    past = PastBytes.of(attention, chunks, sizes.chunks_on_host)
+    attend = past.first(), past.again(chunks - 1, sums=False), past.again(chunks - 2, sums=True)
+    weights = layer_parameters(model, sizes.tp)
+    qkv = model.hidden_size * (attention.heads + 2 * attention.kv_heads) * attention.head_dim
+    held = (weights - qkv) * sizes.gradient
+    first, last, before = (_layer(model, one, Recompute(), part, held) for part in attend)
+    part = chunked_footprint(first, (last, before), stream, past, weights, sizes.gradient)
+    found = chain([part], stream, STREAM)
+    if not past.host:
+        return found
+    return replace(found, host=sum(past.kept.values()), host_working=(chunks - 1) * past.keys * past.wide)
+
+
 @cache
 def layer_footprint(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> Footprint:
     """A layer that recomputes as `recompute` says, one layer at a time."""
     stream = sizes.rows * model.hidden_size * sizes.item
-    halves = [chain(half(model, sizes, recompute), stream, STREAM, residual=True) for half in (_attention, _mlp)]
-    layer = joined(halves)
+    layer = _layer(model, sizes, recompute) if sizes.chunks == 1 else _in_chunks(model, sizes)
     shares = sizes.tp if recompute.distributed else 1
     if recompute.granularity == "full":
         return recomputed(layer, stream, name=STREAM, shares=shares)
@@ -231,8 +268,9 @@ def stage_layers(
             forward=piece.forward + before,
             backward=piece.backward + before,
             put_off=piece.put_off + before,
-            host=piece.total,
         )
+    for index, piece, _ in away:
+        found[index] = replace(found[index], host=piece.host + piece.total)
     return found
 
 
@@ -249,8 +287,13 @@ def last_footprint(model: ModelConfig, sizes: Sizes) -> Footprint:
     """The final norm, the head and the loss."""
     d, stream = model.hidden_size, sizes.rows * model.hidden_size * sizes.item
     vocabulary, item = model.padded_vocab_size // sizes.tp, sizes.item
-    loss = loss_footprint(sizes.tokens, d, vocabulary, item, sizes.head_gradient, sizes.split)
-    return chain([_norm(model, sizes), loss], stream, STREAM)
+    loss = loss_footprint(sizes.tokens, d, vocabulary, item, sizes.head_gradient, sizes.split, sizes.head_bytes)
+    norm = _norm(model, sizes)
+    if sizes.chunks > 1:
+        part = _norm(model, replace(sizes, tokens=sizes.tokens // sizes.chunks))
+        tile, weights = chain([part], stream // sizes.chunks, STREAM), norm_parameters(model)
+        norm = replace(tiled_footprint(tile, stream, sizes.chunks, weights, item), name="norm output")
+    return chain([norm, loss], stream, STREAM)
 
 
 def tables(model: ModelConfig, sizes: Sizes) -> int:

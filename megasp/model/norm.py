@@ -10,6 +10,7 @@ from megasp.footprint import Part
 from megasp.model.init import Factory
 from megasp.model.layers import ONE_RANK, replicated
 from megasp.model.norm_kernels import UNFUSED, NormKernel
+from megasp.model.tiles import tiled
 from megasp.model.weight_gradients import gradient_dtype
 from megasp.parallel_state import Axis
 
@@ -49,6 +50,7 @@ class Norm(nn.Module):
         kind: "RMSNorm" or "LayerNorm" (with bias).
         size: length of the last dim.
         partial: this rank's gradient of the weights is only a share (its part of the sequence, or of the heads).
+        tiles: of dim 0, normalized one after another.
         kernel: what computes it.
 
     Forward: [..., size] -> [..., size].
@@ -64,17 +66,23 @@ class Norm(nn.Module):
         partial: bool = False,
         factory: Factory | None = None,
         name: str = "norm",
+        tiles: int = 1,
         kernel: NormKernel = UNFUSED,
     ) -> None:
         super().__init__()
         factory = factory or Factory()
-        self.epsilon, self.kernel = epsilon, kernel
+        self.epsilon, self.tiles, self.kernel = epsilon, tiles, kernel
         self.weight = factory.parameter([replicated(f"{name}.weight", (size,), axis, partial=partial, init_mean=1.0)])
         self.bias = None
         if kind == "LayerNorm":
             self.bias = factory.parameter([replicated(f"{name}.bias", (size,), axis, partial=partial)])
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.tiles == 1:
+            return self._normalized(x)
+        return tiled(lambda x, _: self._normalized(x), x, self.tiles, list(self.parameters()))
+
+    def _normalized(self, x: Tensor) -> Tensor:
         if self.bias is None:
             return _RMSNorm.apply(x, self.weight, self.epsilon, self.kernel)
         return _LayerNorm.apply(x, self.weight, self.bias, self.epsilon, self.kernel)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megasp.config.schema import OptimizerConfig
 from megasp.data_parallel import master_dtype, on_host
-from megasp.model.offload import copier
+from megasp.host_copies import copier
 from megasp.training.optimizer import build_optimizer
 
 BUCKET_ELEMENTS = 16 * 2**20

@@ -14,6 +14,7 @@ from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.config.stages import Stage, split
+from megasp.config.tiles import head_bytes, mlp_tiles
 from megasp.data_parallel.memory import StateBytes, state_bytes
 from megasp.errors import ConfigError
 from megasp.model import fp8
@@ -127,6 +128,7 @@ def account(
     fullest = peak(steps, pipeline_rank, stages, sizes.rows * model.hidden_size * sizes.item)
     live = Counter(fullest.live) + Counter([fullest.action.stage] * (fullest.action.kind == "F"))
     activations = sum(count * sum(piece.host for piece in stages[number].pieces) for number, count in live.items())
+    activations += max(piece.host_working for stage in stages.values() for piece in stage.pieces)
     host = states.host | ({"activations": activations} if activations else {})
     if share:
         matrices = [model_memory.largest_matrix(model, layout.tp), *(n for end in ends.values() for n in end.values())]
@@ -150,7 +152,9 @@ def check_host_memory(config: Config, layout: Layout, ranks: int, memory: int) -
     Raises:
         ConfigError: they need more.
     """
-    if not (config.offload.optimizer_cpu_offload or config.activations.cpu_offloading_activations):
+    activations = config.activations
+    kept_there = activations.cpu_offloading_activations or activations.cpu_offloading_attention
+    if not (config.offload.optimizer_cpu_offload or kept_there):
         return
     fullest = max((account(config, layout, rank) for rank in range(layout.pp)), key=lambda each: each.on_host)
     if ranks * fullest.on_host > memory:
@@ -186,7 +190,7 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
         unfused=kernel == "unfused" or (kernel is None and dropout > 0),
         dropout=dropout > 0,
     )
-    in_fp8 = config.fp8.layers(model.num_layers)
+    activations, in_fp8 = config.activations, config.fp8.layers(model.num_layers)
     gradient = 4 if training.widens_gradients(device) else item
     return Sizes(
         tokens,
@@ -197,7 +201,10 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
         layout.tp,
         config.parallel.sequence_parallel and layout.tp > 1,
         attention,
-        config.activations.tiled_mlp,
+        mlp_tiles(config, layout),
+        activations.sequence_chunks,
+        activations.cpu_offloading_attention,
+        head_bytes(config),
         fp8.products(config.fp8, in_fp8.start, model.num_layers),
         config.kernels.norm(device, training.compute_dtype)[0] not in (None, "unfused"),
     )

@@ -16,6 +16,7 @@ from megasp.config.context_parallel import on_nodes, split_context
 from megasp.config.load import load, parser, to_yaml
 from megasp.config.schema import Config
 from megasp.config.stages import split, table
+from megasp.config.tiles import mlp_tiles
 from megasp.config.validate import validate
 from megasp.data import BlendedDataset, Dataset, Loader
 from megasp.data.phases import Phase, describe
@@ -263,6 +264,10 @@ def _introduce(training: Training, datasets: Datasets, phases: Sequence[Phase], 
     context = split_context(config)
     if context.reason:
         log.info(f"context parallel {layout.cp}: {context.reason}")
+    if config.activations.activation_tile_mb is not None:
+        log.info(
+            f"--activation-tile-mb {config.activations.activation_tile_mb}: MLPs in {mlp_tiles(config, layout)} tiles"
+        )
     for line in _stage_table(config):
         log.info(line)
     log.info(
