@@ -9,7 +9,8 @@ checks the hashes first. Then, of megasp alone:
     resharding     the halves of both of two tensor-parallel ranks, of what one rank saved, beside the whole as one
                    rank; two thirds of the bytes by rows and a third by columns, as in a model, and then all by columns
     stall          what a step loses to a save in the background, beside a save in the foreground
-    conversion     to Hugging Face and back of a model with the layers of Llama 3 8B (--layers of them), in bf16
+    conversion     to Hugging Face and back of a model with the layers of Llama 3 8B (--layers of them), in bf16, beside
+                   a plain copy of the same files
 """
 
 import argparse
@@ -189,8 +190,14 @@ class PeakMemory:
         return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024 / 1e9
 
 
+def copy(source: Path, target: Path) -> None:
+    shutil.copytree(source, target)
+    for path in target.rglob("*.safetensors"):
+        sync(path)
+
+
 def convert(pipe: Any, layers: int, directory: str) -> None:
-    """GB/s and peak memory of to_hf and from_hf."""
+    """GB/s and peak memory of to_hf and from_hf, and of a copy of the files."""
     values = {k: v for k, v in PRESETS["llama3-8b"].items() if k != "seq_length"} | {"num_layers": layers}
     model, root = ModelConfig(**values), Path(directory)
     shapes = canonical_shapes(model)
@@ -201,8 +208,9 @@ def convert(pipe: Any, layers: int, directory: str) -> None:
     size = sum(file.stat().st_size for file in (root / "ckpt").rglob("*.safetensors")) / 1e9
     found = {"GB": size, "largest tensor GB": max(2 * math.prod(shape) for shape in shapes.values()) / 1e9}
     ways = {
-        "to_hf": lambda: to_hf(root / "ckpt", root / "hf"),
-        "from_hf": lambda: from_hf(root / "hf", root / "back"),
+        "copy": partial(copy, root / "ckpt", root / "copy"),
+        "to_hf": partial(to_hf, root / "ckpt", root / "hf"),
+        "from_hf": partial(from_hf, root / "hf", root / "back"),
     }
     for name, action in ways.items():
         os.sync()

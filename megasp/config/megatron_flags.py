@@ -24,12 +24,16 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "--persistent-save-interval": ("--save-interval",),
     "--save-retain-interval": ("--keep-every",),
     "--use-torch-fsdp2": ("--data-parallel-sharding-strategy", "optim_grads_params"),
+    "--fp8": ("--fp8-format",),
+    "--fp8-hybrid": ("--fp8-format", "hybrid"),
+    "--fp8-e4m3": ("--fp8-format", "e4m3"),
     "--no-gradient-accumulation-fusion": ("--weight-gradient-dtype", "compute"),
     "--recompute-activations": ("--recompute-granularity", "selective"),
 }
 """flag -> megasp's flags for it. A value follows the last of them."""
 
 _KERNELS = "kernels are chosen by what the machine has and compute the same function (--attention-backend names one)"
+_NORMS = "kernels are chosen by what the machine has (--norm-backend and --optimizer-backend name others)"
 _MCORE = "there is one implementation of the model, and it is megasp's own"
 _GARBAGE = "it tunes Megatron-LM's memory housekeeping; results do not depend on it"
 _NO_INDEX = "no sample index is built or cached: the order of samples is computed"
@@ -74,13 +78,14 @@ _ACCEPTED: tuple[tuple[int, str, str], ...] = (
     (0, "the loss scale of --fp16 is always in the metrics", "--no-log-loss-scale-to-tensorboard"),
     # Kernels and the model's implementation
     (0, "flash attention runs wherever it can", "--use-flash-attn --use-flash-attn-v2"),
-    (1, _MCORE, "--transformer-impl"),
+    (1, f"{_MCORE}; {_NORMS}", "--transformer-impl"),
     (0, _MCORE, "--use-mcore-models"),
     # Megatron-LM's unfused kernel computes the other form, erf: up to 5e-4 away.
     (0, "GELU is always in its tanh form, that of GPT-2 and of Megatron-LM's fused kernel", "--no-bias-gelu-fusion"),
     (0, "GELU is always in its tanh form, which is OpenAI's", "--openai-gelu"),
     (0, _KERNELS, "--no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion"),
-    (0, _KERNELS, "--no-persist-layer-norm --use-te-activation-func"),
+    (0, _KERNELS, "--use-te-activation-func"),
+    (0, _NORMS, "--no-persist-layer-norm"),
     (0, _CENTERED, "--apply-layernorm-1p"),
     (0, _LOSS, "--cross-entropy-loss-fusion"),
     (1, _LOSS, "--cross-entropy-fusion-impl"),

@@ -10,12 +10,21 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--fp16-lm-cross-entropy --apply-query-key-layer-scaling",
     ),
     (
-        "fp8 and fp4 training is not built yet: use --bf16",
-        "--fp8 --fp8-format --fp8-recipe --fp8-quantizer-factory --fp8-margin --fp8-interval --fp8-amax-history-len "
-        "--fp8-amax-compute-algo --no-fp8-wgrad --fp8-param-gather --fp8-hybrid --fp8-e4m3 --first-last-layers-bf16 "
-        "--num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16 --fp4-format --fp4-recipe --fp4-quantizer-factory "
-        "--fp4-param-gather --reuse-grad-buf-for-mxfp8-param-ag --keep-fp8-transpose-cache --kitchen-config-file "
-        "--kitchen-recipe-number",
+        "fp8 scales follow from what is multiplied, never from steps before",
+        "--fp8-margin --fp8-interval --fp8-amax-history-len --fp8-amax-compute-algo",
+    ),
+    (
+        "with --fp8-format all three products of a linear layer are in fp8: what it keeps of its input is",
+        "--no-fp8-wgrad",
+    ),
+    (
+        "with --fp8-format weights are kept and gathered in bf16, and cast for each product",
+        "--fp8-param-gather --keep-fp8-transpose-cache --reuse-grad-buf-for-mxfp8-param-ag",
+    ),
+    (
+        "fp8 recipes are --fp8-format and --fp8-recipe tensorwise or rowwise, and fp4 is not built yet",
+        "--fp8-quantizer-factory --fp4-format --fp4-recipe --fp4-quantizer-factory --fp4-param-gather "
+        "--kitchen-config-file --kitchen-recipe-number",
     ),
     (
         "with --bf16 activations are in bf16, while matrix products, norms and softmax accumulate in fp32",

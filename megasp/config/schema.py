@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from megasp.config.batch_schedule import BatchSchedule
 from megasp.config.flags import flag
+from megasp.config.fp8 import Fp8Config
 from megasp.config.host_offload import HostOffloadConfig
+from megasp.config.kernels import KernelConfig
 from megasp.config.layout import Layout
 from megasp.config.loss_scale import LossScaleConfig
 from megasp.config.model import ModelConfig
@@ -254,6 +256,8 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     loss_scaling: LossScaleConfig = field(default_factory=LossScaleConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     activations: ActivationConfig = field(default_factory=ActivationConfig)
     offload: HostOffloadConfig = field(default_factory=HostOffloadConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -8,7 +8,7 @@ from megasp.config.data_rules import check_data
 from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.layout_rules import check_sharding, check_splits, layout_of, nearest
-from megasp.config.precision_rules import check_precision
+from megasp.config.precision_rules import check_fp8, check_precision
 from megasp.config.profile import check_profile
 from megasp.config.ranges import check_ranges
 from megasp.config.rotary_scaling import check_rotary_scaling
@@ -35,10 +35,11 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
     _batch(config, layout)
     _training(config, layout)
     _ignored(config)
-    _attention_kernel(config, device)
+    _kernels(config, device)
     activation_memory.check(config, layout, device)
     host_offload.check(config, device)
     check_profile(config.profile, config.trace_folder, world_size, device)
+    check_fp8(config, layout)
     return layout
 
 
@@ -162,6 +163,10 @@ NEEDED = {
     "decoupled_min_lr": ("decoupled_lr", None),
     "lr_wsd_decay_iters": ("lr_decay_style", "WSD"),
     "lr_wsd_decay_samples": ("lr_decay_style", "WSD"),
+    "fp8_recipe": ("fp8_format", None),
+    "first_last_layers_bf16": ("fp8_format", None),
+    "num_layers_at_start_in_bf16": ("fp8_format", None),
+    "num_layers_at_end_in_bf16": ("fp8_format", None),
 }
 """Options that do nothing without another: its name, and its value where not any will do."""
 
@@ -177,10 +182,11 @@ def _ignored(config: Config) -> None:
             raise ConfigError(f"{option} without {other}", "it would do nothing", f"add {other}, or leave {option} out")
 
 
-def _attention_kernel(config: Config, device: str) -> None:
+def _kernels(config: Config, device: str) -> None:
     dtype = config.training.compute_dtype
     backend, dropout = config.training.attention_backend, config.model.attention_dropout
     name, reasons = choose_kernel(backend, device, dtype, dropout, config.model.head_dim)
     if name is None:
         fix = "use --attention-dropout 0, or --attention-backend unfused" if dropout else "use --attention-backend auto"
         raise ConfigError(f"--attention-backend {backend}", reasons, fix)
+    config.kernels.chosen(device, dtype)

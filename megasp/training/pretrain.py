@@ -16,10 +16,12 @@ from megasp.config.context_parallel import on_nodes, split_context
 from megasp.config.load import load, parser, to_yaml
 from megasp.config.schema import Config
 from megasp.config.stages import split, table
+from megasp.config.tiles import mlp_tiles
 from megasp.config.validate import validate
 from megasp.data import BlendedDataset, Dataset, Loader
 from megasp.data.phases import Phase, describe
 from megasp.errors import CheckpointError, DataError
+from megasp.model import fp8
 from megasp.model.flops import flops_per_token, parameter_count
 from megasp.pipeline import trace
 from megasp.pipeline.schedules import placement
@@ -266,12 +268,22 @@ def _introduce(training: Training, datasets: Datasets, phases: Sequence[Phase], 
     context = split_context(config)
     if context.reason:
         log.info(f"context parallel {layout.cp}: {context.reason}")
+    if config.activations.activation_tile_mb is not None:
+        log.info(
+            f"--activation-tile-mb {config.activations.activation_tile_mb}: MLPs in {mlp_tiles(config, layout)} tiles"
+        )
     for line in _stage_table(config):
         log.info(line)
     log.info(
         f"model: {parameter_count(model):,} parameters, {model.num_layers} layers, hidden {model.hidden_size}, "
-        f"vocabulary {model.padded_vocab_size}; compute in {dtype}, attention kernel {training.attention_kernel}"
+        f"vocabulary {model.padded_vocab_size}; compute in {dtype}"
     )
+    log.info(
+        f"kernels: attention {training.attention_kernel}, norms {training.norm_kernel}, optimizer "
+        f"{training.optimizer_kernel}"
+    )
+    if config.fp8.fp8_format is not None:
+        log.info(f"fp8: {fp8.describe(config.fp8, model.num_layers, training.state.device)}")
     log.info(
         f"training: steps {start.step + 1} to {steps}, {batch} samples of {config.training.seq_length} tokens a step "
         f"({config.num_microbatches(layout)} microbatches of {config.training.micro_batch_size} "

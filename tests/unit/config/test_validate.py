@@ -25,6 +25,7 @@ BASE: dict[str, Any] = {
     "position_embedding_type": "rope", "vocab_size": 512, "attention_dropout": 0.0, "hidden_dropout": 0.0,
     "mock_data": True, "train_iters": 10, "lr": 1e-3,
 }  # fmt: skip
+FP8 = {"bf16": True, "fp8_format": "hybrid"}
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 
 
@@ -228,6 +229,28 @@ CASES = [
          {"add --fp16": {"fp16": True}, "leave --hysteresis out": {"hysteresis": None}}),
     Case("two loss scales", {"fp16": True, "loss_scale": 128.0, "loss_scale_window": 100},
          "--loss-scale with --loss-scale-window", "does not change", {"": {"loss_scale_window": None}}),
+    Case("fp8 without bf16", {"fp8_format": "hybrid"}, "--fp8-format hybrid without --bf16", "bfloat16 activations",
+         {"--bf16": {"bf16": True}}),
+    Case("fp8 recipe alone", {"fp8_recipe": "rowwise"}, "--fp8-recipe without --fp8-format", "do nothing",
+         {"add --fp8-format": FP8, "leave --fp8-recipe out": {"fp8_recipe": None}}),
+    Case("delayed scaling", FP8 | {"fp8_recipe": "delayed"}, "--fp8-recipe delayed", "never from steps before",
+         {"--fp8-recipe tensorwise": {"fp8_recipe": "tensorwise"}}),
+    Case("unknown recipe", FP8 | {"fp8_recipe": "exact"}, "--fp8-recipe exact", "tensorwise, rowwise",
+         {"tensorwise": {"fp8_recipe": "tensorwise"}}),
+    Case("number of bf16 layers alone", FP8 | {"num_layers_at_end_in_bf16": 1}, "--num-layers-at-end-in-bf16 1 without",
+         "do nothing", {"add --first-last-layers-bf16": {"first_last_layers_bf16": True, "num_layers": 3}}),
+    Case("no layer in fp8", FP8 | {"first_last_layers_bf16": True}, "num-layers 2", "no layer for --fp8-format",
+         {"fewer": {"num_layers_at_end_in_bf16": 0}}),
+    Case("fp8 width", FP8 | {"ffn_hidden_size": 200}, "MLP's hidden layer, 200", "a multiple of 16",
+         {"another width": {"ffn_hidden_size": 208}}),
+    Case("fp8 tokens", FP8 | {"seq_length": 8}, "tokens of a microbatch, 8", "a multiple of 16",
+         {"--micro-batch-size": {"micro_batch_size": 2}}),
+    Case("fp8 tiles", FP8 | {"seq_length": 48, "tiled_mlp": 2}, "a tile's tokens, 24", "a multiple of 16",
+         {"--tiled-mlp": {"tiled_mlp": 3}}),
+    Case("norms of a GPU", {"norm_backend": "apex"}, "--norm-backend apex", "runs on cuda, not on cpu",
+         {"auto": {"norm_backend": "auto"}}),
+    Case("optimizer of a GPU", {"optimizer_backend": "transformer-engine"}, "--optimizer-backend transformer-engine",
+         "runs on cuda, not on cpu", {"auto": {"optimizer_backend": "auto"}}),
     Case("smallest loss scale", {"fp16": True, "initial_loss_scale": 2.0, "min_loss_scale": 4.0}, "4 and initial",
          "or above", {"--min-loss-scale 2": {"min_loss_scale": 2.0}}),
     # Profiling

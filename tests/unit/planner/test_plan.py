@@ -45,7 +45,7 @@ def test_little_is_looked_into() -> None:
     few are counted by the account, and fewer simulated."""
     big = request(64, **{**PRESETS["llama3-70b"], "seq_length": 8192, "global_batch_size": 1024})
     found = search(big)
-    assert found.space > 300 and found.tried < 3500 and found.accounts < 400
+    assert found.space > 300 and found.tried < 3500 and found.accounts < 1000
     assert all(plan.time.parts for plan in found.plans[:SIMULATED])
     assert not any(plan.time.parts for plan in found.plans[SIMULATED:])
 
