@@ -34,6 +34,9 @@ RECOMPUTES: tuple[Values, ...] = (
 )
 """From the fastest to the one that keeps least."""
 
+LONGEST: Values = {"recompute_granularity": "full", "tiled_mlp": 64, "cpu_offloading_activations": True}
+"""What keeps least of all, beside `HOST`."""
+
 HOST: tuple[Values, ...] = (
     {"optimizer_cpu_offload": True},
     {"optimizer_cpu_offload": True, "cpu_offloading_weights": True},
@@ -210,7 +213,7 @@ def memory_options(request: Request, layout: Layout) -> list[MemoryOption]:
     """Every recompute and sharding of a layout, those that shard least first."""
     parallel = request.config.parallel
     free = [request.free(name) for name in ("recompute_granularity", "recompute_method", "recompute_modules")]
-    recomputes = RECOMPUTES if all(free) else ({},)
+    recomputes = (*RECOMPUTES, *[LONGEST] * request.host) if all(free) else ({},)
     stages: list[str | None] = [*SHARDING]
     if not (request.free("data_parallel_sharding_strategy") and request.free("use_distributed_optimizer")):
         stages = [None]
