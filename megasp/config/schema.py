@@ -3,11 +3,13 @@
 Names and defaults are Megatron-LM's wherever it has the flag. Values that follow from others are properties.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megasp.config.batch_schedule import BatchSchedule
 from megasp.config.flags import flag
+from megasp.config.fp8 import Fp8Config
 from megasp.config.host_offload import HostOffloadConfig
+from megasp.config.kernels import KernelConfig
 from megasp.config.layout import Layout
 from megasp.config.loss_scale import LossScaleConfig
 from megasp.config.model import ModelConfig
@@ -139,22 +141,47 @@ class OptimizerConfig:
     optimizer: str = flag("adam", "AdamW (decoupled weight decay), as in Megatron-LM", choices=("adam",))
     lr: float | None = flag(None, "peak learning rate")
     min_lr: float = flag(0.0, "learning rate at the end of the decay")
+    decoupled_lr: float | None = flag(None, "peak learning rate of embedding and output layer; lr without it")
+    decoupled_min_lr: float | None = flag(None, "theirs at the end of the decay; min-lr without it")
     lr_decay_style: str = flag(
         "linear", "shape of the decay", choices=("constant", "linear", "cosine", "inverse-square-root", "WSD")
     )
     lr_decay_iters: int | None = flag(None, "steps until min-lr; train-iters without it")
+    lr_decay_samples: int | None = flag(None, "with --train-samples: samples until min-lr; train-samples without it")
     lr_warmup_iters: int = flag(0, "steps of linear warm-up")
-    lr_warmup_fraction: float | None = flag(None, "warm-up as a share of lr-decay-iters")
+    lr_warmup_samples: int = flag(0, "with --train-samples: samples of linear warm-up")
+    lr_warmup_fraction: float | None = flag(None, "warm-up as a share of the steps or samples until min-lr")
     lr_warmup_init: float = flag(0.0, "learning rate at the start of the warm-up")
     lr_wsd_decay_style: str = flag(
         "exponential", "shape of WSD's last phase", choices=("exponential", "linear", "cosine", "minus_sqrt")
     )
     lr_wsd_decay_iters: int | None = flag(None, "steps of WSD's last phase")
+    lr_wsd_decay_samples: int | None = flag(None, "with --train-samples: samples of WSD's last phase")
     weight_decay: float = flag(0.01, "decay of matrices; biases and norm weights are not decayed")
     adam_beta1: float = flag(0.9, "decay of the first moment")
     adam_beta2: float = flag(0.999, "decay of the second moment")
     adam_eps: float = flag(1e-8, "added to the root of the second moment")
     clip_grad: float = flag(1.0, "largest global gradient norm; 0 switches clipping off")
+
+    @property
+    def of_ends(self) -> "OptimizerConfig":
+        """With the rates of embedding and output layer."""
+        if self.decoupled_lr is None:
+            return self
+        low = self.min_lr if self.decoupled_min_lr is None else self.decoupled_min_lr
+        return replace(self, lr=self.decoupled_lr, min_lr=low)
+
+    def schedule(self, length: int) -> tuple[float, int, int]:
+        """Lengths of the warm-up, of all until the end of the decay, and of WSD's last phase (0 without one).
+
+        Args:
+            length: of the run, `TrainingConfig.length`; all are in its unit.
+        """
+        decay = self.lr_decay_iters or self.lr_decay_samples or length
+        warmup: float = self.lr_warmup_iters or self.lr_warmup_samples
+        if self.lr_warmup_fraction is not None:
+            warmup = self.lr_warmup_fraction * decay
+        return warmup, decay, self.lr_wsd_decay_iters or self.lr_wsd_decay_samples or 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +220,15 @@ class TrainingConfig:
     eval_iters: int = flag(100, "steps of an evaluation; 0 switches it off")
     exit_interval: int | None = flag(None, "save and stop when the step is a multiple of it")
     exit_duration_in_mins: float | None = flag(None, "save and stop after so many minutes")
+
+    @property
+    def length(self) -> int:
+        """Of the run: samples with --train-samples, else steps. The learning rate's schedule counts the same."""
+        return self.train_samples or self.train_iters or 0
+
+    def done(self, step: int, samples: int) -> int:
+        """What of `length` is behind a run after `step` steps with `samples` samples."""
+        return samples if self.train_samples else step
 
     @property
     def compute_dtype(self) -> str:
@@ -266,6 +302,8 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     loss_scaling: LossScaleConfig = field(default_factory=LossScaleConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     activations: ActivationConfig = field(default_factory=ActivationConfig)
     offload: HostOffloadConfig = field(default_factory=HostOffloadConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -51,6 +51,10 @@ class Software:
         partial_bytes: of an element of the ring's sums of gradients on their way.
         accumulate_bytes: read and written for a weight and a microbatch to add its gradient up, where the product does
             not do it.
+        cast_bytes: with fp8, read and written for an element of an operand to cast it for both of its products.
+        cast_weight_bytes: the same for an element of a weight and one direction of a microbatch; 0 where weights are
+            cast once a step.
+        gather_bytes: with fp8, of an element of an input that tensor-parallel ranks gather.
     """
 
     attention: str = "fused"
@@ -59,16 +63,21 @@ class Software:
     gradient_bytes: int = 4
     partial_bytes: int = 4
     accumulate_bytes: int = 0
+    cast_bytes: int = 6
+    cast_weight_bytes: int = 0
+    gather_bytes: int = 2
 
 
-MEGASP = Software(accumulate_bytes=14)
+MEGASP = Software(accumulate_bytes=14, cast_bytes=11, cast_weight_bytes=9, gather_bytes=1)
 """megasp on a GPU: eager element-wise operations; the backward's gathers and scatters beside GEMMs; weight gradients
-that are written in fp32 (2 bytes more than in bf16) and added up in it (12)."""
+that are written in fp32 (2 bytes more than in bf16) and added up in it (12); fp8 operands that are read for the largest
+value, scaled, cast, and transposed, one after another, weights in each forward and backward, and gathered in fp8."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One step of one run, as the time model sees it."""
+    """One step of one run, as the time model sees it; `fp8_layers` is the share of the layers that have its precision
+    where that is fp8, the others compute in bf16."""
 
     model: ModelConfig
     layout: Layout
@@ -80,6 +89,7 @@ class Job:
     sequence_parallel: bool = False
     ring_mode: str = "p2p"
     precision: str = "bf16"
+    fp8_layers: float = 1.0
     zero: int = 0
     recompute: Redone = Redone()
     offload_activations: float = 0.0
@@ -101,6 +111,8 @@ class Job:
             microbatches=config.num_microbatches(layout),
             sequence_parallel=config.parallel.sequence_parallel,
             ring_mode=split_context(config).ring_mode,
+            precision="fp8" if config.fp8.fp8_format is not None else "bf16",
+            fp8_layers=len(config.fp8.layers(config.model.num_layers)) / config.model.num_layers,
             zero=layout.zero,
             offload_activations=_offloaded(config, stages),
             offload_optimizer=config.offload.moved_share,
@@ -113,6 +125,11 @@ class Job:
                 accumulate_bytes=14 if config.training.widens_gradients("cuda") else 10,
             ),
         )
+
+    @property
+    def fp8_share(self) -> float:
+        """Share of the layers whose linear layers compute in fp8."""
+        return self.fp8_layers if self.precision == "fp8" else 0.0
 
     @property
     def tokens(self) -> float:
