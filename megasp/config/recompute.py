@@ -111,6 +111,11 @@ class ActivationConfig:
             self.distribute_saved_activations,
         )
 
+    @property
+    def chunks_on_host(self) -> int:
+        """Chunks of the sequence whose keys and values go to the host; 1 where they stay."""
+        return self.sequence_chunks if self.cpu_offloading_attention else 1
+
     def offloaded(self, layers: int) -> int:
         """How many of a stage's first layers keep their activations on the host."""
         return min(layers, self.cpu_offloading_num_layers or layers) if self.cpu_offloading_activations else 0

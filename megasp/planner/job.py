@@ -7,7 +7,7 @@ from megasp.config.context_parallel import split_context
 from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.pipeline import PipelinePlan
-from megasp.config.recompute import Recompute
+from megasp.config.recompute import ActivationConfig
 from megasp.config.schema import Config, ModelConfig
 from megasp.config.stages import Stage, split
 from megasp.pipeline.schedules import placement
@@ -27,8 +27,12 @@ class Redone:
     gathers: float = 0.0
 
     @classmethod
-    def of(cls, recompute: Recompute, layers: int = 1) -> "Redone":
+    def of(cls, activations: ActivationConfig, layers: int = 1) -> "Redone":
         """What --recompute-granularity and its companions mean, in a stage of so many layers."""
+        recompute = activations.recompute
+        if activations.sequence_chunks > 1:  # attention's output stays, all else of a chunk runs again
+            groups = float(recompute.num_layers > 1)  # whose layers all run forward again before that
+            return cls(groups, 1.0 + groups, 1.0 + groups, 1.0 + groups)
         chosen = sum(len(group) for group, again in recompute.groups(layers) if again)
         share = chosen / max(1, layers)
         if recompute.granularity in ("full", "all-but-attention"):
@@ -93,6 +97,7 @@ class Job:
     zero: int = 0
     recompute: Redone = Redone()
     offload_activations: float = 0.0
+    offload_attention: int = 1
     offload_optimizer: float = 0.0
     offload_weights: bool = False
     software: Software = MEGASP
@@ -115,9 +120,10 @@ class Job:
             fp8_layers=len(config.fp8.layers(config.model.num_layers)) / config.model.num_layers,
             zero=layout.zero,
             offload_activations=_offloaded(config, stages),
+            offload_attention=config.activations.chunks_on_host,
             offload_optimizer=config.offload.moved_share,
             offload_weights=config.offload.cpu_offloading_weights,
-            recompute=Redone.of(config.activations.recompute, max(len(stage.layers) for stage in stages)),
+            recompute=Redone.of(config.activations, max(len(stage.layers) for stage in stages)),
             software=replace(
                 MEGASP,
                 attention=_attention_kernel(config),

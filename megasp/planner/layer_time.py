@@ -78,14 +78,20 @@ def layer_parts(job: Job, rates: Rates) -> dict[str, Parts]:
         }
     gathered = job.recompute.gathers * rates.collective(groups(job)["tp"], 2.0 * job.tokens * job.model.hidden_size)
     made["I"]["recompute"] = _recompute(job, compute["F"], made["F"]) + gathered
-    if job.offload_activations:
-        kept = 2 * job.tokens * job.model.hidden_size * job.offload_activations
-        for kind in "FI":
-            hidden = rates.host(kept)
-            made[kind]["offload"] = max(0.0, hidden - sum(made[kind].values()))
+    for kind, size in _offloaded(job).items():
+        made[kind]["offload"] = max(0.0, rates.host(size) - sum(made[kind].values()))
     if job.zero == 3:
         _zero3(job, rates, made)
     return made
+
+
+def _offloaded(job: Job) -> Parts:
+    """Bytes to or from the host that compute must hide: a layer's input; and of chunks that read the keys and values of
+    those before them a block for each pair, in the backward with the sums of its gradients in fp32."""
+    stream = 2 * job.tokens * job.model.hidden_size * job.offload_activations
+    blocks = (job.offload_attention + 1) / 2 * (job.offload_attention > 1)
+    block = 2 * job.tokens * _widths(job)[1]
+    return {"F": stream + blocks * block, "I": stream + 3 * blocks * block}
 
 
 def _work(job: Job, rates: Rates, kind: str) -> Work:
