@@ -241,5 +241,5 @@ def _zero3(job: Job, rates: Rates, made: dict[str, Parts]) -> None:
         gather, reduce = gather + copy, reduce + copy
     compute = {"F": sum(made["F"].values()), "I": sum(made["I"].values()) + sum(made["W"].values())}
     for kind, seconds in (("F", gather), ("I", gather + reduce)):
-        hidden = min(seconds, compute[kind])
+        hidden = min(seconds, compute[kind]) if group.size > 1 else 0.0  # for one rank nothing is fetched ahead
         made[kind]["zero"] = seconds - hidden + rates.fit.contention * hidden
