@@ -35,7 +35,7 @@ def check_profile(options: ProfileConfig, folder: str | None, world_size: int, d
             raise ConfigError("options of --profile without it", "they would do nothing", "add --profile")
         return
     first, last = options.profile_step_start, options.profile_step_end
-    if not 0 <= first < last:
+    if first >= last:
         got = f"profile-step-start {first} and profile-step-end {last}"
         raise ConfigError(got, "the steps after the one up to the other are profiled", "end later than you start")
     missing = [rank for rank in options.profile_ranks if not 0 <= rank < world_size]

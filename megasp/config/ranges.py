@@ -41,7 +41,7 @@ RANGES: dict[str, Range] = {
             "micro_batch_size", "global_batch_size",
             "train_iters", "train_samples", "eval_interval", "log_interval", "exit_interval", "save_interval",
             "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples",
-            "keep_last", "keep_every", "original_max_position_embeddings",
+            "profile_step_end", "keep_last", "keep_every", "original_max_position_embeddings",
             "num_distributed_optimizer_instances", "loss_scale_window", "hysteresis", "recompute_num_layers",
             "cpu_offloading_num_layers", "tiled_mlp", "sequence_chunks",
             "activation_tile_mb",
@@ -52,7 +52,7 @@ RANGES: dict[str, Range] = {
         (
             "window_size", "attention_sinks", "num_workers", "eval_iters", "lr_warmup_iters", "lr_warmup_samples",
             "min_lr", "decoupled_min_lr", "lr_warmup_init", "weight_decay", "clip_grad", "init_method_std", "adam_eps",
-            "norm_epsilon", "seed", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16",
+            "norm_epsilon", "seed", "profile_step_start", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16",
         ),
         COUNT,
     ),
