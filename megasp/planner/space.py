@@ -256,8 +256,8 @@ def _long(request: Request, layout: Layout) -> list[Values]:
     chunks = next((n for n in range(positions // CHUNK, 1, -1) if positions % n == 0), 1)
     if layout.ring > 1 or chunks == 1:
         return [LONGEST]
-    away = {"sequence_chunks": chunks, "cpu_offloading_attention": True, "cpu_offloading_activations": True}
-    groups = [{"recompute_granularity": "full", "recompute_num_layers": number} | away for number in (1, 2, 4)]
+    away: Values = {"sequence_chunks": chunks, "cpu_offloading_attention": True, "cpu_offloading_activations": True}
+    groups = [away | {"recompute_granularity": "full", "recompute_num_layers": number} for number in (1, 2, 4)]
     return [LONGEST, *groups]
 
 
