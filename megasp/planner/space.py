@@ -257,7 +257,7 @@ def _long(request: Request, layout: Layout) -> list[Values]:
     if layout.ring > 1 or chunks == 1:
         return [LONGEST]
     away: Values = {"sequence_chunks": chunks, "cpu_offloading_attention": True, "cpu_offloading_activations": True}
-    groups = [{"recompute_granularity": "full", "recompute_num_layers": number} | away for number in (1, 2, 4)]
+    groups = [away | {"recompute_granularity": "full", "recompute_num_layers": number} for number in (1, 2, 4)]
     return [LONGEST, *groups]
 
 
