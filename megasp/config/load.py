@@ -83,6 +83,9 @@ def load(
             "Megatron-LM ignores the number then, and gives every query head its own key and value head",
             "add --group-query-attention, or leave out --num-query-groups",
         )
+    if values.get("sequence_parallel") and values.get("tensor_model_parallel_size", 1) == 1:
+        values["sequence_parallel"] = False  # as Megatron-LM does, whose example scripts say it with any size
+        notes.append("--sequence-parallel: with tensor-model-parallel-size 1 there are no ranks to split over")
     return from_values(values), source, build(extra, given) if extra else None, notes
 
 

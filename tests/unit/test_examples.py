@@ -115,13 +115,13 @@ MEGATRON_LLAMA3_8B = (
     "--weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --bf16 --grad-reduce-in-bf16 --cross-entropy-loss-fusion "
     "--calculate-per-token-loss --manual-gc --empty-unused-memory-level 1 --exit-duration-in-mins 235 "
     "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --tensor-model-parallel-size 1 "
-    "--context-parallel-size 1 --mock-data --tokenizer-type NullTokenizer --vocab-size 128256 "
+    "--context-parallel-size 1 --sequence-parallel --mock-data --tokenizer-type NullTokenizer --vocab-size 128256 "
     "--data-cache-path cache --tiktoken-pattern v2 --split 99,1,0 --no-create-attention-mask-in-dataloader "
     "--no-mmap-bin-files --num-workers 1 --log-interval 1 --eval-iters 32 --eval-interval 100 --save-interval 1000 "
     "--log-throughput --profile --profile-step-start 4 --profile-step-end 6 --ckpt-format torch_dist "
     "--distributed-timeout-minutes 60 --save run --load run --tensorboard-dir board"
 )
-"""What its examples/llama for 8B on H100 does, but for fp8 and --sequence-parallel, which tp 1 has no use for."""
+"""What its examples/llama for 8B on H100 does in bf16."""
 
 
 @pytest.mark.parametrize(("flags", "gpus"), [(MEGATRON_GPT3_175B, 1024), (MEGATRON_LLAMA3_8B, 8)])
