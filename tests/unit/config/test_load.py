@@ -66,10 +66,17 @@ def test_each_flag_sets_its_field_alone(group: type, field: dataclasses.Field[An
     argv = [option_string(field)]
     if not isinstance(value, bool):
         argv += map(str, value) if isinstance(value, tuple) else [str(value)]
-    grouped = ["--group-query-attention"] if field.name == "num_query_groups" else []
-    assert read(*argv, *grouped) == from_values(
-        {field.name: value} | ({"group_query_attention": True} if grouped else {})
-    )
+    needed = {
+        "num_query_groups": (["--group-query-attention"], {"group_query_attention": True}),
+        "sequence_parallel": (["--tensor-model-parallel-size", "2"], {"tensor_model_parallel_size": 2}),
+    }
+    flags, values = needed.get(field.name, ([], {}))
+    assert read(*argv, *flags) == from_values({field.name: value} | values)
+
+
+def test_megatrons_scripts_split_sequences_over_one_rank() -> None:
+    config, _, _, notes = load(["--sequence-parallel"], parser("megasp pretrain", ""))
+    assert not config.parallel.sequence_parallel and "--sequence-parallel" in notes[0]
 
 
 def test_flags_are_frozen() -> None:
