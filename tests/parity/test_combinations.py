@@ -34,4 +34,4 @@ def test_what_trains_otherwise_is_seen(precision: str) -> None:
     """An option that does change the function."""
     what = {"position_embedding_type": "rope", "global_batch_size": 4, "seq_length": 24}
     with pytest.raises(AssertionError, match="differs"):
-        check(Combination(Layout(), precision, what, {"rotary_base": 2.0, "qk_layernorm": True}, {}), Seen())
+        check(Combination(Layout(), precision, what, {"rotary_base": 2.0, "norm_epsilon": 0.5}, {}), Seen())
