@@ -172,7 +172,7 @@ def _fits(value: Any, hint: Any, choices: Collection[Any] | None) -> bool:
     if typing.get_origin(hint) is tuple:
         return isinstance(value, list | tuple) and all(isinstance(item, str | int | float) for item in value)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return float in kinds or (int in kinds and value == int(value))
+        return float in kinds or (int in kinds and float(value).is_integer())
     return type(value) in kinds and (choices is None or value in choices)
 
 

@@ -52,10 +52,16 @@ def script(plan: Plan, request: Request, kind: str, preset: str | None, given: M
     """
     gpus, node = request.gpus, min(request.gpus, request.hardware.node_gpus)
     training = {name: value for name, value in TRAINING.items() if name not in given}
+    if given.keys() & {"train_iters", "train_samples", "lr_decay_iters", "lr_warmup_fraction", "lr_warmup_samples"}:
+        training.pop("lr_warmup_iters", None)
+        if not given.keys() & {"lr_warmup_iters", "lr_warmup_fraction", "lr_warmup_samples"}:
+            training["lr_warmup_fraction"] = 0.02
     if "train_samples" in given:
-        training = {name: value for name, value in training.items() if name not in ("train_iters", "lr_warmup_iters")}
-        if "lr_warmup_samples" not in given:
-            training.setdefault("lr_warmup_fraction", 0.02)
+        training.pop("train_iters", None)
+    if "lr" in given and "min_lr" not in given:
+        training["min_lr"] = given["lr"] / 10
+    if "lr" not in given:
+        training["lr"] = max(training["lr"], given.get("min_lr", 0.0))
     values = training | {"bf16": plan.config.training.bf16} | dict(given) | dict(plan.values)
     flags = (["--model", preset] if preset else []) + flags_of(values)
     lines = _wrapped(flags)
@@ -64,7 +70,8 @@ def script(plan: Plan, request: Request, kind: str, preset: str | None, given: M
     if "tokenizer_type" not in given:
         lines.append('    --tokenizer-type HuggingFaceTokenizer --tokenizer-model "${TOKENIZER:?a tokenizer.json}"')
     if "save" not in given:
-        lines.append(f'    --save "${{SAVE:-{_run(plan)}}}" --load "${{SAVE:-{_run(plan)}}}"')
+        place = f'"${{SAVE:-{_run(plan)}}}"'
+        lines.append(f"    --save {place}" + ("" if "load" in given else f" --load {place}"))
     body = " \\\n".join([*lines, '    "$@"'])
     said = (
         f"# {plan.layout.describe()}\n# on {request.hardware.name}; `megasp plan` predicts {plan.time.seconds:.3g} s a "

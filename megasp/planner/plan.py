@@ -23,7 +23,7 @@ from megasp.planner import hardware, launch, longest, page, report
 from megasp.planner.search import Found, search
 from megasp.planner.space import Request, layouts
 
-DEFAULTS: dict[str, Any] = {"bf16": True, "mock_data": True, "lr": 1e-4, "train_iters": 1000, "eval_iters": 0}
+DEFAULTS: dict[str, Any] = {"bf16": True, "mock_data": True, "lr": 1e-4, "train_iters": 100_000, "eval_iters": 0}
 """What a plan does not depend on, and a run must say."""
 
 
@@ -104,7 +104,9 @@ def _given(argv: Sequence[str], parser: Parser) -> dict[str, Any]:
 def _defaults(given: dict[str, Any]) -> dict[str, Any]:
     """`DEFAULTS`, without those that contradict what was given."""
     others = {"mock_data": ("data_path", "train_data_path"), "train_iters": ("train_samples",), "bf16": ("fp16",)}
-    return {name: value for name, value in DEFAULTS.items() if not given.keys() & set(others.get(name, ()))}
+    lr = max(DEFAULTS["lr"], given.get("min_lr", 0.0), given.get("lr_warmup_init", 0.0))
+    defaults = DEFAULTS | {"lr": lr}
+    return {name: value for name, value in defaults.items() if not given.keys() & set(others.get(name, ()))}
 
 
 def _check(options: PlanOptions) -> None:

@@ -264,8 +264,10 @@ class _Search:
             if any(option.thrift[0] <= other[0] and option.thrift[1] <= other[1] for other in failed):
                 continue
             ranks = self._memory(axes, values, option.layout)
-            if ranks is None:
+            on_gpu = max(rank.needed for rank in ranks) <= self.request.hardware.memory
+            if not on_gpu:
                 failed.append(option.thrift)
+            if not (on_gpu and self._host_holds(ranks, option.layout)):
                 accounts += 1
                 if accounts == ACCOUNTS:
                     return None
@@ -292,19 +294,20 @@ class _Search:
         peak = self._floors[key].needed(option.layout, option.host)
         return self._noted(axes, values | option.values, peak) <= self.request.hardware.memory
 
-    def _memory(self, axes: Values, values: Values, layout: Layout) -> tuple[Memory, ...] | None:
-        """What the fullest pipeline ranks hold, where it fits; what does not is noted."""
+    def _memory(self, axes: Values, values: Values, layout: Layout) -> tuple[Memory, ...]:
+        """What the fullest pipeline ranks hold; what does not fit is noted."""
         self.found.accounts += 1
         ranks = tuple(memory(self.request.with_values(values), layout, ends(layout)))
-        peak = self._noted(axes, values, max(rank.needed for rank in ranks))
+        self._noted(axes, values, max(rank.needed for rank in ranks))
+        return ranks
+
+    def _host_holds(self, ranks: tuple[Memory, ...], layout: Layout) -> bool:
+        """Whether a node's host has room for what its GPUs keep there; what it lacks is noted."""
         hardware = self.request.hardware
         node = max(rank.host for rank in ranks) * min(hardware.node_gpus, layout.world_size)
-        if peak > hardware.memory:
-            return None
         if node > hardware.host_memory:
             self.found.host = min(self.found.host, node)
-            return None
-        return ranks
+        return node <= hardware.host_memory
 
     def _noted(self, axes: Values, values: Values, peak: float) -> float:
         key = axes_key(axes)

@@ -54,6 +54,7 @@ class MasterOptimizer:
         self._buckets = list(_buckets([pair for pair, there in zip(pairs, away, strict=True) if there]))
         here = [master for master, there in zip(self.masters, away, strict=True) if not there]
         steps = [[master for _, master in bucket] for bucket in self._buckets]
+        kernel = kernel if here else "torch"  # the packages take no empty one
         self.parts = [build_optimizer(here, config, kernel), *(build_optimizer(masters, config) for masters in steps)]
         self.state: dict[Tensor, dict[str, Any]] = {p: kept for part in self.parts for p, kept in part.state.items()}
         device = weights[0].device if self._buckets else torch.device("cpu")

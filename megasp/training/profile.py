@@ -84,5 +84,7 @@ class CudaProfiler:
         if self._done == self._steps.stop:
             self._on.close()
         elif self._steps and self._done == self._steps.start:
-            self._on.enter_context(torch.cuda.profiler.profile())
-            self._on.enter_context(emit_nvtx(record_shapes=True))
+            with ExitStack() as opening:  # the first is closed where the second cannot be opened
+                opening.enter_context(torch.cuda.profiler.profile())
+                opening.enter_context(emit_nvtx(record_shapes=True))
+                self._on.push(opening.pop_all())

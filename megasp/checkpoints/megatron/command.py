@@ -24,6 +24,9 @@ class Options:
     save: str = flag(REQUIRED, "directory of checkpoints to write; it must be new or empty", metavar="DIR")
     no_load_optim: bool = flag(False, "take the weights alone, without the optimizer's state")
     consumed_train_samples: int | None = flag(None, "samples that the run has read, where the checkpoint does not say")
+    apply_layernorm_1p: bool = flag(
+        False, "norm weights are stored around zero (Megatron-LM's flag), where the checkpoint does not say"
+    )
     seq_length: int | None = flag(None, "tokens of a sample, where the checkpoint does not say")
     seed: int | None = flag(None, "seed of the run, where the checkpoint does not say; 1234 without it")
 
@@ -37,13 +40,14 @@ def main(argv: Sequence[str], prog: str) -> int:
     add_flags(parser, ModelConfig)
     given = vars(parser.parse_args(argv))
     options = build(Options, given)
-    own = ("input", "save", "no_load_optim", "consumed_train_samples")
+    own = ("input", "save", "no_load_optim", "consumed_train_samples", "apply_layernorm_1p")
     done = from_megatron(
         options.input,
         options.save,
         optimizer=not options.no_load_optim,
         given={name: value for name, value in given.items() if name not in own},
         samples=options.consumed_train_samples,
+        centered=options.apply_layernorm_1p,
     )
     for path in sorted(done.directory.iterdir()):
         log.info(f"wrote {path} ({path.stat().st_size:,} bytes)")

@@ -65,6 +65,7 @@ def from_megatron(
     optimizer: bool = True,
     given: Mapping[str, Any] | None = None,
     samples: int | None = None,
+    centered: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> Converted:
     """Write a checkpoint of Megatron-LM's as one of ours, that any layout goes on from.
@@ -75,6 +76,7 @@ def from_megatron(
         optimizer: take the optimizer's state; else the weights and the run's progress alone.
         given: fields of the configuration that win over the checkpoint's own settings.
         samples: that the run has consumed, where the checkpoint does not say.
+        centered: norm weights are stored around zero, where the checkpoint does not say.
     Raises:
         CheckpointError: a checkpoint that cannot be read, that is of a model or in a format that is not served, or an
             output that exists or cannot be written.
@@ -89,7 +91,7 @@ def from_megatron(
     args = _args(stored, directory, given)
     embedding = stored.sources.get(EMBEDDING)
     config, notes = config_of(args, given, embedding.shape[0] if embedding else 0)
-    centered = bool(args.get("apply_layernorm_1p"))
+    centered = bool(args.get("apply_layernorm_1p")) or centered
     entries = _entries(directory, stored, config.model, optimizer, centered)
     step = stored.common.get("iteration") or args.get("iteration") or 0
     consumed = args.get("consumed_train_samples") if samples is None else samples

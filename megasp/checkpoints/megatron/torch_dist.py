@@ -50,7 +50,7 @@ def read_torch_dist(directory: Path) -> Stored:
     try:
         sources = {source.key: source for source in _sources(directory, metadata)}
         objects = {key: None for key, entry in _entries(metadata) if not hasattr(entry, "chunks")}
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, ArithmeticError) as error:
         rule = f"it must be the metadata of a DCP checkpoint ({type(error).__name__}: {error})"
         raise CheckpointError(f"{directory / METADATA} cannot be used", rule, WRITE_AGAIN) from None
     if not isinstance(common, Mapping):
