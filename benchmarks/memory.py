@@ -2,6 +2,7 @@
 
     python -m benchmarks.memory                 # account and count of every layout below, and the published anchors
     python -m benchmarks.memory --per-token     # bytes a token and layer of Llama-3 8B, by option (docs/memory.md)
+    python -m benchmarks.memory --longest       # how long a sequence fits by the account, all options on
 
 The count runs the real build and the real step of a rank on fake tensors under a fake process group, and follows every
 storage: no GPU, no memory. It is exact for tensors; a GPU adds its context, workspaces of kernels and fragmentation.
@@ -18,9 +19,11 @@ from megasp.config.layout import Layout
 from megasp.config.load import load, parser
 from megasp.config.schema import Config
 from megasp.config.validate import validate
+from megasp.planner.memory import FRAGMENTATION, OUTSIDE
 from megasp.training.datasets import resolve
 from megasp.training.memory import account
 
+PARAMETERS = 8.03e9
 LONG = "--seq-length 131072 --max-position-embeddings 131072"
 FULL = "--recompute-granularity full"
 HOST = f"--optimizer-cpu-offload {FULL}"
@@ -32,12 +35,20 @@ CASES: list[tuple[str, int, str]] = [
     ("llama3-8b", 8, "--context-parallel-size 2"),
     ("llama3-8b", 8, "--recompute-granularity selective --recompute-modules mlp layernorm"),
     ("llama3-8b", 8, "--tiled-mlp 4 --tensor-model-parallel-size 2 --sequence-parallel"),
+    ("llama3-8b", 8, "--fp8-format hybrid --tensor-model-parallel-size 2 --sequence-parallel"),
+    ("llama3-8b", 8, "--fp8-format hybrid --fp8-recipe rowwise --first-last-layers-bf16 --ulysses-size 4"),
     ("llama3-8b", 8, "--pipeline-model-parallel-size 4 --global-batch-size 16"),
     ("llama3-8b", 8, f"--ulysses-size 8 {LONG}"),
     ("llama3-8b", 8, f"--ring-size 8 {LONG}"),
     ("llama3-8b", 8, f"--tensor-model-parallel-size 2 --sequence-parallel --ulysses-size 4 {FULL} {LONG}"),
     ("llama3-8b", 8, f"--ulysses-size 4 --ring-size 2 {FULL} --tiled-mlp 8 {LONG}"),
     ("llama3-8b", 8, f"--ring-size 8 --recompute-granularity all-but-attention {LONG}"),
+    ("llama3-8b", 8, f"--ulysses-size 4 --ring-size 2 --ulysses-head-chunks 2 {LONG}"),
+    ("llama3-8b", 8, f"--ulysses-size 2 --ring-size 4 --ulysses-head-chunks 2 {FULL} --tiled-mlp 16 {LONG}"),
+    ("llama3-8b", 8, f"--ulysses-size 4 --sequence-chunks 8 {LONG}"),
+    ("llama3-8b", 8, f"--ulysses-size 2 --sequence-chunks 16 --ulysses-head-chunks 2 {FULL} {LONG}"),
+    ("llama3-8b", 8, f"--tensor-model-parallel-size 2 --sequence-parallel --sequence-chunks 8 --tiled-mlp 16 {LONG}"),
+    ("llama3-8b", 8, f"--sequence-chunks 16 --cpu-offloading-attention --cpu-offloading-activations {FULL} {LONG}"),
     ("llama3-8b", 8, f"--data-parallel-sharding-strategy optim {FULL}"),
     ("llama3-8b", 8, f"--data-parallel-sharding-strategy optim_grads {FULL} --global-batch-size 16"),
     ("llama3-8b", 8, "--data-parallel-sharding-strategy optim_grads_params"),
@@ -67,8 +78,12 @@ CASES: list[tuple[str, int, str]] = [
         f"--recompute-num-layers 2 --global-batch-size 2 {LONG}",
     ),
 ]
-SAID = ("recompute", "tiled", "num-virtual", "data-parallel-sharding", "optimizer-cpu")
+SAID = (
+    "recompute", "tiled", "num-virtual", "data-parallel-sharding", "sequence-chunks", "ulysses-head", "cpu",
+    "optimizer-cpu", "fp8", "first-last",
+)  # fmt: skip
 """Beginnings of the flags that a table names beside the layout."""
+
 OPTIONS = {
     "nothing": "",
     "selective: core_attn": "--recompute-granularity selective",
@@ -79,7 +94,15 @@ OPTIONS = {
     "tiled MLP": "--tiled-mlp 8",
     "all-but-attention": "--recompute-granularity all-but-attention",
     "full": FULL,
+    "sequence chunks": "--sequence-chunks 8",
+    "sequence chunks, full": f"--sequence-chunks 8 {FULL}",
+    "fp8": "--fp8-format hybrid",
+    "fp8, selective: layernorm, mlp_act": "--fp8-format hybrid --recompute-granularity selective "
+    "--recompute-modules layernorm mlp_act",
 }
+LONGEST = f"--cpu-offloading-attention --cpu-offloading-activations {FULL} --grad-reduce-in-bf16"
+CHUNK = 16384
+"""Tokens of a chunk."""
 
 
 def configured(model: str, ranks: int, flags: str) -> tuple[Config, Layout]:
@@ -145,13 +168,50 @@ def per_token() -> None:
         print(f"| {name} | {kept / 8192:,.0f} | {32 * kept / 1e9:.1f} |")
 
 
+def longest() -> None:
+    """The longest sequence of Llama-3 8B that fits, with its optimizer and master weights on the host: bf16 weights and
+    gradients stay, on several GPUs sharded (ZeRO-3)."""
+    print("| GPUs | layers that keep one input | longest sequence | on each device, GB | host, GB |")
+    print("| --- | --- | --- | --- | --- |")
+    for size, ranks, states in ((80e9, 1, 4), (141e9, 1, 4), (80e9, 8, 0.5), (141e9, 8, 0.5)):
+        for group in (1, 2, 4):
+            fits = _longest(size, ranks, states, group)
+            if fits is not None:
+                print(
+                    f"| {ranks} x {size / 1e9:.0f} GB | {group} | {fits[0]:,} | {fits[1]:.1f} | {fits[2]:,.0f} |",
+                    flush=True,
+                )
+
+
+def _longest(size: float, ranks: int, states: float, group: int) -> tuple[int, float, float] | None:
+    """Tokens, and GB on a device and on the host, where `states` bytes a parameter stay on each of `ranks` devices."""
+
+    def held(chunks: int) -> tuple[int, float, float] | None:
+        tokens = chunks * CHUNK * ranks
+        length = f"--seq-length {tokens} --max-position-embeddings {tokens} --sequence-chunks {chunks}"
+        flags = f"{length} {LONGEST} --recompute-num-layers {group} --ulysses-size {ranks}"
+        each = account(*configured("llama3-8b", ranks, flags), zero=3)
+        device = each.total - each.static + states * PARAMETERS
+        fits = device * (1 + FRAGMENTATION) + OUTSIDE <= size
+        return (tokens, device / 1e9, (ranks * each.on_host + 12 * PARAMETERS) / 1e9) if fits else None
+
+    low, high = 0, 512
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if held(middle) else (low, middle)
+    return held(low) if low else None
+
+
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--per-token", action="store_true")
+    arguments.add_argument("--longest", action="store_true")
     if arguments.parse_args().per_token:
         per_token()
+    elif arguments.parse_args().longest:
+        longest()
     else:
         anchors()
         compare()

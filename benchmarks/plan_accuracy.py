@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from benchmarks import published_memory
 from benchmarks.published import Row, rows
 from megasp.planner.rates import Rates
 from megasp.planner.step_time import StepTime, step_time
@@ -119,6 +120,24 @@ def table(made: list[Prediction]) -> list[str]:
     return lines
 
 
+def memory_table() -> list[str]:
+    """Peak memory of the rows that state it, by the account."""
+    made = published_memory.compared()
+    errors = [row.error for row in made]
+    sizes = [abs(error) for error in errors]
+    lines = [
+        f"peak memory: {len(made)} rows, median error {statistics.median(sizes):.1%}, 90th percentile "
+        f"{quantile(sizes, 0.9):.1%}, median signed {statistics.median(errors):+.1%}"
+    ]
+    for row in sorted(made, key=lambda row: row.error):
+        lines.append(
+            f"    {row.error:+5.0%}  {row.row['id']:14} {row.row['model']} {row.layout} micro-batch "
+            f"{row.row['micro_batch']}: {row.predicted / 1e9:.1f} GB, measured {row.measured / 1e9:.1f}"
+        )
+    left = Counter(published_memory.reasons()).most_common()
+    return [*lines, "left out:", *(f"    {number:4}  {reason}" for reason, number in left)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", action="store_true", help="print every row")
@@ -147,6 +166,7 @@ def main() -> None:
     print("\nleft out:")
     for reason, number in Counter(row.reason_left_out for row in rows() if row.reason_left_out).most_common():
         print(f"    {number:4}  {reason}")
+    print("\n" + "\n".join(memory_table()))
 
 
 if __name__ == "__main__":

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import megasp
 from megasp import log
+from megasp.config.kernels import NORM_KERNELS, OPTIMIZER_KERNELS, KernelConfig
 
 GIB = 2**30
 PACKAGES = {
     "flash-attn": "attention kernels: --attention-backend flash-attn-2",
     "flash-attn-3": "attention kernels for Hopper GPUs: --attention-backend flash-attn-3",
-    "transformer-engine": "not used by this version",
-    "apex": "not used by this version",
+    "transformer-engine": "--norm-backend and --optimizer-backend transformer-engine",
+    "apex": "--norm-backend and --optimizer-backend apex",
     "transformers": "its models under sequence parallelism, checks of exported ones",
     "accelerate": "transformers' Trainer",
     "peft": "LoRA of transformers models",
@@ -57,6 +58,7 @@ def run(options: Options) -> int:
     torch_works = not any(finding.advice for finding in sections["Software"])
     if torch_works:
         sections |= {"Devices": list(devices()), "Attention kernels": list(attention_kernels())}
+        sections |= {"Norms, optimizer, linear layers": list(other_kernels())}
     sections |= {
         "Optional packages": list(packages()),
         "Network": list(network()),
@@ -130,6 +132,30 @@ def attention_kernels() -> Iterator[Finding]:
             chosen = kernels.choose("auto", device_type, dtype)
             with_dropout = kernels.choose("auto", device_type, dtype, dropout=0.1)
             yield Finding(f"auto, {device_type} {name}", f"{chosen}; with --attention-dropout {with_dropout}")
+
+
+def other_kernels() -> Iterator[Finding]:
+    """Kernels of norms and optimizer, what `auto` picks for each device, and whether there is fp8."""
+    import torch
+
+    from megasp.errors import ConfigError
+    from megasp.model import fp8
+
+    gpu = torch.cuda.is_available()
+    devices = ("cuda", "cpu") if gpu else ("cpu",)
+    for kind, table in (("norm", NORM_KERNELS), ("optimizer", OPTIMIZER_KERNELS)):
+        for name, facts in table.items():
+            available = facts.installed and bool(facts.devices.keys() & set(devices))
+            yield Finding(f"{kind}: {name}", ("yes: " if available else "no: ") + facts.description)
+    for device in devices:
+        norm, optimizer = KernelConfig().chosen(device, "bfloat16")
+        yield Finding(f"auto, {device}", f"norms {norm}, optimizer {optimizer}")
+    found = "yes: PyTorch's scaled_mm" if gpu else "emulated on the CPU: for tests"
+    try:
+        fp8.check_device(torch.device("cuda" if gpu else "cpu"))
+    except ConfigError as error:
+        found = f"no: {error.rule}"
+    yield Finding("fp8", found)
 
 
 def packages() -> Iterator[Finding]:

@@ -26,12 +26,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from megasp import parallel_state
-from megasp.config.kernels import choose_kernel
+from megasp.config.kernels import KernelConfig, choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.data import Batch
 from megasp.data_parallel import global_norm, sum_partial_, sum_tied_
-from megasp.model import init, loss, matmul, offload
+from megasp.host_copies import PlainCopier
+from megasp.model import fp8, init, loss, matmul, norm_kernels
 from megasp.parameters import Piece
 from megasp.training import communication
 from megasp.training.build import Training, build
@@ -43,13 +44,13 @@ class Tracker(TorchDispatchMode):
 
     Attributes:
         live, peak: bytes of the device now, and at most since `peak` was set.
-        host: bytes now of what would be in the host's memory.
+        host, host_peak: the same of what would be in the host's memory.
         flops: kind -> floating-point operations since it was cleared.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.host = 0
+        self.live = self.peak = self.host = self.host_peak = 0
         self.flops: Counter[str] = Counter()
         self._sizes: dict[int, int] = {}
         self._of_host: set[int] = set()
@@ -94,9 +95,14 @@ class Tracker(TorchDispatchMode):
         self._of_host.add(key)
         self._add(key, self._sizes[key])
 
+    def of_host(self, x: Tensor) -> bool:
+        """Whether a tensor is the host's."""
+        return x.untyped_storage()._cdata in self._of_host
+
     def _add(self, key: int, size: int) -> None:
         if key in self._of_host:
             self.host += size
+            self.host_peak = max(self.host_peak, self.host)
         else:
             self.live += size
 
@@ -129,7 +135,7 @@ class Count:
         built, passes, optimizer: bytes after the build, and the peaks of a step's passes and of its optimizer.
         volume: what the step sent, and computed.
         formula: the same in closed form.
-        host: bytes that the host holds between steps.
+        host: bytes that the host holds between steps; `host_passes`: the peak of a step's passes there.
     """
 
     built: int
@@ -138,6 +144,7 @@ class Count:
     volume: Volume
     formula: Volume
     host: int = 0
+    host_passes: int = 0
 
     @property
     def peak(self) -> int:
@@ -150,11 +157,12 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
     Args:
         config: validated for this layout.
     """
+    fused_norms = config.kernels.norm("cuda", config.training.compute_dtype)[0] != "unfused"
     config = _kernel_of_a_gpu(config)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
         state = parallel_state.build(layout, torch.device("cpu"))
-        with fake_tensors() as tracker:
+        with fake_tensors(fused_norms) as tracker:
             training = build(config, state)
             for master, weight in zip(training.optimizer.masters, training.replicas.masters, strict=True):
                 for tensor in (master, *training.optimizer.state[master].values()) if master is not weight else ():
@@ -162,19 +170,19 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
             built = tracker.live
             batches = [_batch(training) for _ in range(config.num_microbatches(layout))]
             for _ in range(steps):
-                tracker.peak = 0
+                tracker.peak, tracker.host_peak = 0, tracker.host
                 tracker.flops.clear()
                 communication.reset(training)
                 training.pipeline.train(batches, 1.0)
                 training.replicas.finish()
-                passes, tracker.peak = tracker.peak, 0
+                passes, tracker.peak, host_passes = tracker.peak, 0, tracker.host_peak
                 sum_partial_(training.replicas.masters, state.tp)
                 sum_tied_(training.tied, state.ends)
                 global_norm(training.replicas.masters, state.model)
                 training.optimizer.step()
                 training.replicas.publish()
-            volume = Volume(_sent(training), tracker.flops)
-            return Count(built, passes, tracker.peak, volume, closed_forms(training, batches), tracker.host)
+            volume, formula = Volume(_sent(training), tracker.flops), closed_forms(training, batches)
+            return Count(built, passes, tracker.peak, volume, formula, tracker.host, host_passes)
     finally:
         dist.destroy_process_group()
 
@@ -193,18 +201,43 @@ def _kernel_of_a_gpu(config: Config) -> Config:
     """The same run with the CPU's kernel that holds as much as a GPU's would: scores with both, or with neither; and
     with weight gradients in a GPU's dtype."""
     training, model = config.training, config.model
-    dtype = "bfloat16" if training.bf16 else "float32"
+    dtype = training.compute_dtype
     name, _ = choose_kernel(training.attention_backend, "cuda", dtype, model.attention_dropout, model.head_dim)
     backend = "unfused" if name == "unfused" else "auto"
     made = "fp32" if training.widens_gradients("cuda") else "compute"
     training = dataclasses.replace(training, attention_backend=backend, weight_gradient_dtype=made)
-    return dataclasses.replace(config, training=training)
+    return dataclasses.replace(config, training=training, kernels=KernelConfig())
+
+
+class _FusedNorms:
+    """What one kernel allocates: PyTorch's fused norms run as several operations on a CPU."""
+
+    def rms(self, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), _statistic(x)
+
+    def rms_backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), torch.empty_like(weight)
+
+    def layer(self, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(x), _statistic(x), _statistic(x)
+
+    def layer_backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _statistic(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
 @contextmanager
-def fake_tensors() -> Iterator[Tracker]:
-    """Fake tensors inside, which stand for those of a GPU (the loss passes over a chunk's logits at once there, and
-    products of lower precision are written in fp32 as they are), and the tracker that counts them."""
+def fake_tensors(fused_norms: bool = True) -> Iterator[Tracker]:
+    """Fake tensors inside, which stand for those of a GPU (the loss passes over a chunk's logits at once there,
+    products of lower precision are written in fp32 as they are, and norms may be one kernel), and the tracker that
+    counts them."""
 
     def no_values(piece: Piece, seed: int) -> Tensor:
         return torch.empty(0).expand(piece.box.size) if 0 in piece.box.size else torch.empty(()).expand(piece.box.size)
@@ -227,18 +260,28 @@ def fake_tensors() -> Iterator[Tracker]:
         with unset_fake_temporarily():
             return from_group(*args, **kwargs)
 
-    to_host = offload.PlainCopier.to_host
+    to_host = PlainCopier.to_host
 
-    def copy_out(copies: offload.PlainCopier, x: Tensor) -> Any:
+    def copy_out(copies: PlainCopier, x: Tensor) -> Any:
         with tracker.on_host():
             return to_host(copies, x)
 
+    def is_host(copies: PlainCopier, x: Tensor) -> bool:
+        return tracker.of_host(x)
+
+    def no_product(a: Tensor, b: Tensor, *_: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        tracker.flops["matrix products"] += 2 * a.numel() * b.shape[1]
+        return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+
     gc.collect()
     with (
-        mock.patch.object(offload.PlainCopier, "to_host", copy_out),
+        mock.patch.multiple(PlainCopier, to_host=copy_out, is_host=is_host),
         mock.patch.object(DeviceMesh, "from_group", real_mesh),
         mock.patch.object(init, "initial_values", no_values),
         mock.patch.object(loss, "CACHE_BYTES", 1 << 62),
+        mock.patch.dict(norm_kernels.NORMS, unfused=_FusedNorms() if fused_norms else norm_kernels.UNFUSED),
+        mock.patch.dict(fp8.KERNELS, cpu=fp8.scaled_mm),
+        mock.patch.object(torch, "_scaled_mm", no_product),  # which has no form for fake tensors of a CPU
         mock.patch.object(matmul, "wide_product", wide_product),
         mock.patch.object(torch.UntypedStorage, "resize_", resize_),
         FakeTensorMode(allow_non_fake_inputs=True),

@@ -49,7 +49,8 @@ class Footprint:
         passing: the same where nothing is kept.
         backward: the most at a time in the backward, with all that was kept and the output's gradient.
         deferred: what waits for weight gradients that are put off.
-        host: what is kept on the host.
+        put_off: as `backward`, where they are.
+        host: what is kept on the host; `host_working`: the most that is there at a time beside.
     """
 
     output: int
@@ -58,7 +59,9 @@ class Footprint:
     passing: int
     backward: int
     deferred: int = 0
+    put_off: int = 0
     host: int = 0
+    host_working: int = 0
 
     @cached_property
     def total(self) -> int:
@@ -97,10 +100,10 @@ def chain(parts: Sequence[Part], size: int, name: str = "input", residual: bool 
         kept.update(part.kept)
     forward = _forward(parts, sizes, owner, set(first_keeper), residual, keep=True)
     passing = _forward(parts, sizes, owner, set(), residual, keep=False)
-    backward = _backward(parts, sizes, owner, first_keeper, sum(kept.values()), residual)
-    return Footprint(
-        sizes[-1], {k: n for k, n in kept.items() if n}, forward, passing, backward, sum(p.deferred for p in parts)
-    )
+    total = sum(kept.values())
+    backward, put_off = (_backward(parts, sizes, owner, first_keeper, total, residual, off) for off in (False, True))
+    deferred = sum(part.deferred for part in parts)
+    return Footprint(sizes[-1], {k: n for k, n in kept.items() if n}, forward, passing, backward, deferred, put_off)
 
 
 def _forward(
@@ -118,9 +121,15 @@ def _forward(
 
 
 def _backward(
-    parts: Sequence[Part], sizes: list[int], owner: list[int], keeper: dict[int, int], kept: int, residual: bool
+    parts: Sequence[Part],
+    sizes: list[int],
+    owner: list[int],
+    keeper: dict[int, int],
+    kept: int,
+    residual: bool,
+    put_off: bool,
 ) -> int:
-    """The most at a time in the backward."""
+    """The most at a time in the backward; with weight gradients `put_off`, what waits for them stays."""
     live = peak = kept + sizes[-1]
     last = max((index for index, part in enumerate(parts) if part.backward), default=-1)
     for index, part in reversed(list(enumerate(parts))):
@@ -133,20 +142,26 @@ def _backward(
             live += sizes[index] - (0 if through else sizes[index + 1])
         live -= sum(part.kept.values())
         live -= sum(sizes[tensor] for tensor, at in keeper.items() if at == index)
+        live += part.deferred if put_off else 0
     return max(peak, live + sizes[0]) if residual else peak
 
 
 def joined(footprints: Sequence[Footprint]) -> Footprint:
     """Footprints one after another, each with the output of the one before as its input."""
     kept: Counter[str] = Counter()
-    forward = passing = backward = deferred = 0
+    forward = passing = backward = deferred = put_off = host = 0
+    after = sum(each.deferred for each in footprints)  # the backward begins with the last one
     for each in footprints:
+        after -= each.deferred
         forward = max(forward, sum(kept.values()) + each.forward)
         passing = max(passing, each.passing)
         backward = max(backward, sum(kept.values()) + each.backward)
+        put_off = max(put_off, sum(kept.values()) + each.put_off + after)
         kept.update(each.kept)
         deferred += each.deferred
-    return Footprint(footprints[-1].output, dict(kept), forward, passing, backward, deferred)
+        host += each.host
+    working = max(each.host_working for each in footprints)
+    return Footprint(footprints[-1].output, dict(kept), forward, passing, backward, deferred, put_off, host, working)
 
 
 def recomputed(
@@ -157,8 +172,11 @@ def recomputed(
     kept = {name: size // shares, **(also or {})}
     share = size // shares if shares > 1 else 0
     forward = inner.passing + sum(kept.values()) - (size if shares == 1 else 0)
-    backward = max(inner.forward + inner.output, inner.backward) + share
-    return Footprint(inner.output, kept, forward, inner.passing, backward, inner.deferred)
+    backward, put_off = (max(inner.forward + inner.output, most) + share for most in (inner.backward, inner.put_off))
+    working = inner.host + inner.host_working
+    return Footprint(
+        inner.output, kept, forward, inner.passing, backward, inner.deferred, put_off, host_working=working
+    )
 
 
 def as_part(inner: Footprint, size: int, name: str) -> Part:

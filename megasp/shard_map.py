@@ -7,10 +7,12 @@ those of its Ulysses ranks one after another, so Ulysses inside the ring needs n
     zigzag, ring 4         rank 0 [0, 2) [14, 16)  rank 1 [2, 4) [12, 14)  rank 2 ...         rank 3 [6, 8) [8, 10)
     zigzag, ring 2 x       rank 0 [0, 4)           rank 1 [12, 16)         rank 2 [4, 8)      rank 3 [8, 12)
       Ulysses 2            (ring 0: [0, 4) [12, 16))                       (ring 1: [4, 8) [8, 12))
+    chunked, 2 chunks      rank 0 [0, 2) [8, 10)   rank 1 [2, 4) [10, 12)  rank 2 ...         rank 3 [6, 8) [14, 16)
 
 Zigzag (Llama 3, arXiv 2407.21783 section 3.3.2) gives every ring rank equally much causal work: one part from the
-front, one from the back. With packed documents work is elsewhere: `balanced` deals parts of the sequence by what each
-has. `megasp.sequence_parallel.shards` chooses.
+front, one from the back. Chunked, the i-th parts of all ranks lie side by side, so that what comes later in the
+sequence comes later on every rank. With packed documents work is elsewhere: `balanced` deals parts of the sequence by
+what each has. `megasp.sequence_parallel.shards` chooses.
 """
 
 from collections.abc import Sequence
@@ -54,6 +56,21 @@ class ShardMap:
             for r in range(ring)
         )
         return cls(seq_length, tuple(part for ranges in held for part in _split(ranges, ulysses)))
+
+    @classmethod
+    def chunked(cls, seq_length: int, ranks: int, chunks: int, split: int = 1) -> "ShardMap":
+        """Parts i of what the ranks hold make up, rank after rank, the i-th of `chunks` chunks of the sequence.
+
+        Where `split` tensor-parallel ranks share what a rank holds, its first part is the first one's, and so on: part
+        i of each of them, rank after rank, makes up chunk i. ranks * chunks * split must divide `seq_length`.
+        """
+        assert seq_length % (ranks * chunks * split) == 0, (seq_length, ranks, chunks, split)
+        each = seq_length // (ranks * chunks * split)
+        places = (
+            [(chunk * ranks + rank) * split + part for part in range(split) for chunk in range(chunks)]
+            for rank in range(ranks)
+        )
+        return cls(seq_length, tuple(_joined(tuple((p * each, (p + 1) * each) for p in held)) for held in places))
 
     @classmethod
     def balanced(cls, seq_length: int, ring: int, ulysses: int, work: Sequence[float]) -> "ShardMap":

@@ -1,7 +1,9 @@
-"""The rules of recompute, tiling and offloading of activations: what excludes what, and what would do nothing."""
+"""The rules of recompute, tiles, chunks and offloading of activations: what excludes what, what would do nothing."""
 
 from megasp.config.layout import Layout
+from megasp.config.layout_rules import nearest
 from megasp.config.schema import Config
+from megasp.config.tiles import mlp_tiles
 from megasp.errors import ConfigError
 
 
@@ -14,6 +16,7 @@ def check(config: Config, layout: Layout, device: str) -> None:
     _recompute(config)
     _distribute(config, layout)
     _tiles(config, layout)
+    _chunks(config, layout, device)
     _offload(config, device)
 
 
@@ -82,7 +85,7 @@ def _distribute(config: Config, layout: Layout) -> None:
 
 
 def _tiles(config: Config, layout: Layout) -> None:
-    tiles = config.activations.tiled_mlp
+    tiles = mlp_tiles(config, layout)
     if tiles == 1:
         return
     split = layout.tp if config.parallel.sequence_parallel else 1
@@ -105,6 +108,52 @@ def _tiles(config: Config, layout: Layout) -> None:
             f"--tiled-mlp {tiles} with --pipeline-schedule {config.pipeline.schedule}",
             "weight gradients that are put off keep all tiles, which tiling is to avoid",
             "use 1f1b or interleaved, or leave --tiled-mlp out",
+        )
+
+
+def _chunks(config: Config, layout: Layout, device: str) -> None:
+    options, chunks = config.activations, config.activations.sequence_chunks
+    if chunks == 1:
+        if options.cpu_offloading_attention:
+            raise ConfigError(
+                "--cpu-offloading-attention without --sequence-chunks",
+                "chunks are what goes to the host one by one",
+                "add --sequence-chunks, or use --cpu-offloading-activations",
+            )
+        return
+    got = f"--sequence-chunks {chunks}"
+    if layout.ring > 1:
+        raise ConfigError(
+            f"{got} with ring-size {layout.ring}",
+            "the ranks of a ring hold positions that balance their work, chunks those that follow one another",
+            f"use --ulysses-size {layout.cp}, or leave --sequence-chunks out",
+        )
+    split = layout.tp if config.parallel.sequence_parallel else 1
+    ranks, length = layout.ulysses * split, config.training.seq_length
+    if length % (ranks * chunks):
+        raise ConfigError(
+            f"{got} of {length} tokens on {ranks} ranks that share them",
+            "chunks have equally many tokens on every rank",
+            f"use --sequence-chunks {nearest(chunks, lambda n: length % (ranks * n) == 0, length // ranks + 1)}",
+        )
+    granularity = config.activations.recompute.granularity
+    if granularity not in (None, "full"):
+        raise ConfigError(
+            f"{got} with --recompute-granularity {granularity}",
+            "a layer in chunks keeps its input and what attention gave as it is, and runs the rest again",
+            "use --recompute-granularity full, or none",
+        )
+    if config.pipeline.schedule in ("zb-h1", "zbv"):
+        raise ConfigError(
+            f"{got} with --pipeline-schedule {config.pipeline.schedule}",
+            "weight gradients that are put off keep all chunks, which chunks are to avoid",
+            "use 1f1b or interleaved, or leave --sequence-chunks out",
+        )
+    if options.cpu_offloading_attention and device == "cpu":
+        raise ConfigError(
+            "--cpu-offloading-attention on a CPU",
+            "keys and values are in the host's memory there as they are",
+            "leave it out",
         )
 
 

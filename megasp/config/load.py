@@ -75,6 +75,8 @@ def load(
     values |= PRESETS[preset] if preset else {}
     values |= read_directory(hugging_face, in_file | given) if hugging_face else {}
     values |= in_file | given
+    if values.get("vocab_file") and values.get("merge_file"):
+        values.setdefault("tokenizer_type", "GPT2BPETokenizer")  # as in Megatron-LM's pretrain_gpt.py
     if values.get("num_query_groups") and not values.get("group_query_attention"):
         raise ConfigError(
             f"--num-query-groups {values['num_query_groups']} without --group-query-attention",

@@ -40,7 +40,6 @@ SERVED: dict[str, tuple[Any, ...]] = {
     "is_hybrid_model": (False,),
     "experimental_attention_variant": (None,),
     "linear_attention_type": (None,),
-    "apply_layernorm_1p": (False,),
     "apply_residual_connection_post_layernorm": (False,),
     "qk_l2_norm": (False,),
     "quick_geglu": (False,),
@@ -80,19 +79,15 @@ RULES: tuple[Rule, ...] = (
 """Settings whose names or values differ here; in order, the last that speaks wins."""
 
 NOT_CARRIED = {
-    "lr_decay_samples": "--lr-decay-iters",
-    "lr_warmup_samples": "--lr-warmup-iters",
-    "lr_wsd_decay_samples": "--lr-wsd-decay-iters",
     "lr_decay_style": "--lr-decay-style",
     "optimizer": "nothing, for AdamW is the optimizer here",
     "weight_decay_incr_style": "a constant --weight-decay",
-    "decoupled_lr": "one --lr for all weights",
     "data_args_path": "--data-path",
     "per_split_data_args_path": "--train-data-path",
     "tokenizer_type": "--tokenizer-type and what it needs",
 }
 """Settings of training that may not be taken over -> what to give instead."""
-_NOTHING = {"lr_warmup_samples": (0,), "weight_decay_incr_style": ("constant",)}
+_NOTHING = {"weight_decay_incr_style": ("constant",)}
 """Their values that ask for nothing (None never does)."""
 
 

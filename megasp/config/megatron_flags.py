@@ -24,12 +24,16 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "--persistent-save-interval": ("--save-interval",),
     "--save-retain-interval": ("--keep-every",),
     "--use-torch-fsdp2": ("--data-parallel-sharding-strategy", "optim_grads_params"),
+    "--fp8": ("--fp8-format",),
+    "--fp8-hybrid": ("--fp8-format", "hybrid"),
+    "--fp8-e4m3": ("--fp8-format", "e4m3"),
     "--no-gradient-accumulation-fusion": ("--weight-gradient-dtype", "compute"),
     "--recompute-activations": ("--recompute-granularity", "selective"),
 }
 """flag -> megasp's flags for it. A value follows the last of them."""
 
 _KERNELS = "kernels are chosen by what the machine has and compute the same function (--attention-backend names one)"
+_NORMS = "kernels are chosen by what the machine has (--norm-backend and --optimizer-backend name others)"
 _MCORE = "there is one implementation of the model, and it is megasp's own"
 _GARBAGE = "it tunes Megatron-LM's memory housekeeping; results do not depend on it"
 _NO_INDEX = "no sample index is built or cached: the order of samples is computed"
@@ -41,6 +45,7 @@ _DENSE = "models are dense, which is what this value asks for"
 _DEFAULT = "this value is what megasp does"
 _TRANSFERS = "tensor-parallel transfers of the backward always overlap the weight-gradient GEMMs"
 _LOSS = "the output layer and its loss are always one fused function"
+_CENTERED = "x * (1 + w) with w from zero is x * w with w from one: not decayed, both take the same steps"
 _TIMES = "the time of a step is the only one reported"
 
 _ACCEPTED: tuple[tuple[int, str, str], ...] = (
@@ -73,13 +78,15 @@ _ACCEPTED: tuple[tuple[int, str, str], ...] = (
     (0, "the loss scale of --fp16 is always in the metrics", "--no-log-loss-scale-to-tensorboard"),
     # Kernels and the model's implementation
     (0, "flash attention runs wherever it can", "--use-flash-attn --use-flash-attn-v2"),
-    (1, _MCORE, "--transformer-impl"),
+    (1, f"{_MCORE}; {_NORMS}", "--transformer-impl"),
     (0, _MCORE, "--use-mcore-models"),
     # Megatron-LM's unfused kernel computes the other form, erf: up to 5e-4 away.
     (0, "GELU is always in its tanh form, that of GPT-2 and of Megatron-LM's fused kernel", "--no-bias-gelu-fusion"),
     (0, "GELU is always in its tanh form, which is OpenAI's", "--openai-gelu"),
     (0, _KERNELS, "--no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion"),
-    (0, _KERNELS, "--no-persist-layer-norm --use-te-activation-func"),
+    (0, _KERNELS, "--use-te-activation-func"),
+    (0, _NORMS, "--no-persist-layer-norm"),
+    (0, _CENTERED, "--apply-layernorm-1p"),
     (0, _LOSS, "--cross-entropy-loss-fusion"),
     (1, _LOSS, "--cross-entropy-fusion-impl"),
     (0, "every layout starts from the same weights, wherever they are generated", "--use-cpu-initialization"),
@@ -99,6 +106,7 @@ _ACCEPTED: tuple[tuple[int, str, str], ...] = (
     # Checkpoints
     (0, _RESHARD, "--use-dist-ckpt --ckpt-fully-parallel-save --ckpt-fully-parallel-load"),
     (0, _RESHARD, "--ckpt-assume-constant-structure --dist-ckpt-optim-fully-reshardable"),
+    (1, _RESHARD, "--ckpt-format"),
     (0, "there is no generator state: randomness is a function of --seed and step", "--no-save-rng"),
     (0, "the tokenizer is the one that the flags name", "--no-use-tokenizer-model-from-checkpoint-args"),
     (0, "SIGTERM and SIGUSR1 always save and stop at the end of the step", "--exit-signal-handler"),
@@ -126,6 +134,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "--expert-tensor-parallel-size": ("1",),
     "--dataloader-type": ("single",),
     "--weight-decay-incr-style": ("constant",),
+    "--ckpt-format": ("torch_dist",),
     "--rerun-mode": ("disabled",),
     "--tensorboard-log-interval": ("1",),
     "--timing-log-level": ("0",),

@@ -10,12 +10,21 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--fp16-lm-cross-entropy --apply-query-key-layer-scaling",
     ),
     (
-        "fp8 and fp4 training is not built yet: use --bf16",
-        "--fp8 --fp8-format --fp8-recipe --fp8-quantizer-factory --fp8-margin --fp8-interval --fp8-amax-history-len "
-        "--fp8-amax-compute-algo --no-fp8-wgrad --fp8-param-gather --fp8-hybrid --fp8-e4m3 --first-last-layers-bf16 "
-        "--num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16 --fp4-format --fp4-recipe --fp4-quantizer-factory "
-        "--fp4-param-gather --reuse-grad-buf-for-mxfp8-param-ag --keep-fp8-transpose-cache --kitchen-config-file "
-        "--kitchen-recipe-number",
+        "fp8 scales follow from what is multiplied, never from steps before",
+        "--fp8-margin --fp8-interval --fp8-amax-history-len --fp8-amax-compute-algo",
+    ),
+    (
+        "with --fp8-format all three products of a linear layer are in fp8: what it keeps of its input is",
+        "--no-fp8-wgrad",
+    ),
+    (
+        "with --fp8-format weights are kept and gathered in bf16, and cast for each product",
+        "--fp8-param-gather --keep-fp8-transpose-cache --reuse-grad-buf-for-mxfp8-param-ag",
+    ),
+    (
+        "fp8 recipes are --fp8-format and --fp8-recipe tensorwise or rowwise, and fp4 is not built yet",
+        "--fp8-quantizer-factory --fp4-format --fp4-recipe --fp4-quantizer-factory --fp4-param-gather "
+        "--kitchen-config-file --kitchen-recipe-number",
     ),
     (
         "with --bf16 activations are in bf16, while matrix products, norms and softmax accumulate in fp32",
@@ -112,18 +121,12 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--batch-size",
     ),
     (
-        "the schedule counts steps: divide by --global-batch-size and use --lr-decay-iters, --lr-warmup-iters or "
-        "--lr-wsd-decay-iters",
-        "--lr-decay-samples --lr-warmup-samples --lr-wsd-decay-samples",
-    ),
-    (
         "it was renamed long ago: use --lr-warmup-iters or --lr-warmup-fraction",
         "--warmup",
     ),
     (
-        "all parameters share one learning rate, and weight decay is constant: use --lr, --min-lr and --weight-decay",
-        "--decoupled-lr --decoupled-min-lr --start-weight-decay --end-weight-decay --dump-param-to-param-group-map "
-        "--head-lr-mult",
+        "learning rates are --lr and --decoupled-lr, and weight decay is constant: use --weight-decay",
+        "--start-weight-decay --end-weight-decay --dump-param-to-param-group-map --head-lr-mult",
     ),
     (
         "the schedule comes from this run's flags, never from a checkpoint: repeat them, as the effective config "
@@ -142,8 +145,8 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--use-fused-weighted-squared-relu",
     ),
     (
-        "norms stand before attention and MLP, with weights that start at one: use --normalization",
-        "--apply-layernorm-1p --apply-residual-connection-post-layernorm --qk-l2-norm",
+        "norms stand before attention and MLP, and have weights: use --normalization",
+        "--apply-residual-connection-post-layernorm --qk-l2-norm",
     ),
     (
         "every layer has the same window (--window-size)",
@@ -263,7 +266,7 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
     # Checkpoints
     (
         "checkpoints have one format, safetensors with a JSON manifest, which any layout loads",
-        "--ckpt-format --dist-ckpt-format --ckpt-convert-format --ckpt-convert-save --auto-detect-ckpt-format "
+        "--dist-ckpt-format --ckpt-convert-format --ckpt-convert-save --auto-detect-ckpt-format "
         "--ckpt-convert-update-legacy-dist-opt-format --no-ckpt-fully-parallel-save --dist-ckpt-strictness "
         "--dist-ckpt-save-pre-mcore-014 --load-main-params-from-ckpt --no-strict-fsdp-dtensor-load",
     ),
@@ -322,8 +325,7 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--config-logger-dir",
     ),
     (
-        "profiling is not built in: start the run under nsys or with torch.profiler",
-        "--profile --profile-step-start --profile-step-end --profile-ranks --use-pytorch-profiler "
+        "what memory holds is counted by `megasp memory` and measured in the metrics",
         "--record-memory-history --memory-snapshot-path",
     ),
     (

@@ -1,7 +1,9 @@
-"""The rules of precision: dtypes of a run, and its loss scale."""
+"""The rules of precision: dtypes of a run, its loss scale, and fp8."""
 
 import dataclasses
 
+from megasp.config.fp8 import RECIPES, UNSERVED_RECIPES
+from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.errors import ConfigError
 
@@ -32,3 +34,64 @@ def check_precision(config: Config) -> None:
             "the loss scale begins at its smallest or above",
             f"use --min-loss-scale {scaling.initial:g}",
         )
+
+
+FP8_MULTIPLE = 16
+"""What every dim of an fp8 product must be a multiple of: tensor cores read 16 bytes at a time."""
+
+
+def check_fp8(config: Config, layout: Layout) -> None:
+    """Refuse fp8 options that do nothing, recipes that are not served, and products of sizes that kernels refuse."""
+    fp8, layers = config.fp8, config.model.num_layers
+    if fp8.fp8_format is None:
+        return
+    if not config.training.bf16:
+        raise ConfigError(
+            f"--fp8-format {fp8.fp8_format} without --bf16",
+            "fp8 products take bfloat16 activations and give bfloat16",
+            "add --bf16",
+        )
+    if fp8.recipe not in RECIPES:
+        reason = UNSERVED_RECIPES.get(fp8.recipe, f"a recipe is one of {', '.join(RECIPES)}")
+        raise ConfigError(f"--fp8-recipe {fp8.recipe}", reason, "use --fp8-recipe tensorwise")
+    for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        if getattr(fp8, name) is not None and not fp8.first_last_layers_bf16:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{option} {getattr(fp8, name)} without --first-last-layers-bf16",
+                "it would do nothing",
+                f"add --first-last-layers-bf16, or leave {option} out",
+            )
+    if not fp8.layers(layers):
+        raise ConfigError(
+            f"--first-last-layers-bf16 with num-layers {layers}",
+            "it leaves no layer for --fp8-format",
+            "leave --fp8-format out, or fewer layers in bfloat16",
+        )
+    _check_fp8_sizes(config, layout)
+
+
+def _check_fp8_sizes(config: Config, layout: Layout) -> None:
+    model, training = config.model, config.training
+    heads, kv_heads = (max(1, count // layout.tp) for count in (model.num_attention_heads, model.kv_heads))
+    split = layout.tp if config.parallel.sequence_parallel else 1
+    positions = training.seq_length // layout.cp // split
+    tile = -(-positions // config.activations.tiled_mlp)
+    tokens = split * training.micro_batch_size
+    width = "a smaller --tensor-model-parallel-size, or another width"
+    sizes = {
+        "hidden-size": (model.hidden_size, "another --hidden-size"),
+        "a rank's part of q, k and v": ((heads + 2 * kv_heads) * model.head_dim, width),
+        "a rank's part of attention's output": (heads * model.head_dim, width),
+        "a rank's part of the MLP's hidden layer": (model.mlp_size // layout.tp, width),
+        "a rank's tokens of a microbatch": (positions * tokens, "another --seq-length or --micro-batch-size"),
+        "a tile's tokens": (tile * tokens, "another --tiled-mlp"),
+        "the last tile's tokens": ((positions % tile or tile) * tokens, "another --tiled-mlp"),
+    }
+    for name, (size, fix) in sizes.items():
+        if size % FP8_MULTIPLE:
+            raise ConfigError(
+                f"--fp8-format with {name}, {size}",
+                f"fp8 products need every size to be a multiple of {FP8_MULTIPLE}",
+                f"use {fix}, or leave --fp8-format out",
+            )

@@ -84,6 +84,21 @@ class ActivationConfig:
         None, "first layers of each pipeline stage that do so; all of them without it"
     )
     tiled_mlp: int = flag(1, "tiles of a rank's sequence in which each MLP is computed, forward and backward")
+    activation_tile_mb: int | None = flag(
+        None,
+        "megabytes that a tile may take: as many tiles of each MLP as that makes, where --tiled-mlp is not given, and "
+        "the head's logits in chunks of so many (128 without it)",
+    )
+    sequence_chunks: int = flag(
+        1,
+        "chunks of a rank's sequence in which each whole layer is computed, forward and backward; attention reads the "
+        "keys and values that earlier chunks left (FPDT)",
+    )
+    cpu_offloading_attention: bool = flag(
+        False,
+        "keep in pinned memory of the host what these chunks leave: keys, values, attention's output, and sums of "
+        "gradients; each is fetched while the one before is computed",
+    )
 
     @property
     def recompute(self) -> Recompute:
@@ -95,6 +110,11 @@ class ActivationConfig:
             self.recompute_modules or ("core_attn",),
             self.distribute_saved_activations,
         )
+
+    @property
+    def chunks_on_host(self) -> int:
+        """Chunks of the sequence whose keys and values go to the host; 1 where they stay."""
+        return self.sequence_chunks if self.cpu_offloading_attention else 1
 
     def offloaded(self, layers: int) -> int:
         """How many of a stage's first layers keep their activations on the host."""

@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 
 from megasp.config.batch_schedule import BatchSchedule
 from megasp.config.flags import flag
+from megasp.config.fp8 import Fp8Config
 from megasp.config.host_offload import HostOffloadConfig
+from megasp.config.kernels import KernelConfig
 from megasp.config.layout import Layout
 from megasp.config.loss_scale import LossScaleConfig
 from megasp.config.model import ModelConfig
+from megasp.config.optimizer import OptimizerConfig
 from megasp.config.pipeline import SCHEDULES, PipelinePlan, chunks_of
+from megasp.config.profile import ProfileConfig
 from megasp.config.recompute import ActivationConfig
 from megasp.config.tokenizer_types import TIKTOKEN_PATTERNS, TOKENIZER_TYPES
 
@@ -116,7 +120,9 @@ class DataConfig:
     )
     split: str = flag("969,30,1", "shares of the corpus for training, validation and test")
     mock_data: bool = flag(False, "synthetic tokens instead of a corpus")
-    tokenizer_type: str | None = flag(None, "kind of tokenizer", choices=TOKENIZER_TYPES)
+    tokenizer_type: str | None = flag(
+        None, "kind of tokenizer; GPT2BPETokenizer without it where both its files are given", choices=TOKENIZER_TYPES
+    )
     tokenizer_model: str | None = flag(
         None, "tokenizer.json or a directory that holds one, SentencePiece .model, tiktoken vocabulary", metavar="PATH"
     )
@@ -130,31 +136,6 @@ class DataConfig:
         False, "for the two flags before: a document begins after each end-of-document token, too, as in Megatron-LM"
     )
     num_workers: int = flag(2, "steps of data read ahead in the background; 0 reads in the training thread")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """Optimizer and learning rate."""
-
-    optimizer: str = flag("adam", "AdamW (decoupled weight decay), as in Megatron-LM", choices=("adam",))
-    lr: float | None = flag(None, "peak learning rate")
-    min_lr: float = flag(0.0, "learning rate at the end of the decay")
-    lr_decay_style: str = flag(
-        "linear", "shape of the decay", choices=("constant", "linear", "cosine", "inverse-square-root", "WSD")
-    )
-    lr_decay_iters: int | None = flag(None, "steps until min-lr; train-iters without it")
-    lr_warmup_iters: int = flag(0, "steps of linear warm-up")
-    lr_warmup_fraction: float | None = flag(None, "warm-up as a share of lr-decay-iters")
-    lr_warmup_init: float = flag(0.0, "learning rate at the start of the warm-up")
-    lr_wsd_decay_style: str = flag(
-        "exponential", "shape of WSD's last phase", choices=("exponential", "linear", "cosine", "minus_sqrt")
-    )
-    lr_wsd_decay_iters: int | None = flag(None, "steps of WSD's last phase")
-    weight_decay: float = flag(0.01, "decay of matrices; biases and norm weights are not decayed")
-    adam_beta1: float = flag(0.9, "decay of the first moment")
-    adam_beta2: float = flag(0.999, "decay of the second moment")
-    adam_eps: float = flag(1e-8, "added to the root of the second moment")
-    clip_grad: float = flag(1.0, "largest global gradient norm; 0 switches clipping off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +174,15 @@ class TrainingConfig:
     eval_iters: int = flag(100, "steps of an evaluation; 0 switches it off")
     exit_interval: int | None = flag(None, "save and stop when the step is a multiple of it")
     exit_duration_in_mins: float | None = flag(None, "save and stop after so many minutes")
+
+    @property
+    def length(self) -> int:
+        """Of the run: samples with --train-samples, else steps. The learning rate's schedule counts the same."""
+        return self.train_samples or self.train_iters or 0
+
+    def done(self, step: int, samples: int) -> int:
+        """What of `length` is behind a run after `step` steps with `samples` samples."""
+        return samples if self.train_samples else step
 
     @property
     def compute_dtype(self) -> str:
@@ -266,10 +256,18 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     loss_scaling: LossScaleConfig = field(default_factory=LossScaleConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     activations: ActivationConfig = field(default_factory=ActivationConfig)
     offload: HostOffloadConfig = field(default_factory=HostOffloadConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    @property
+    def trace_folder(self) -> str | None:
+        """Where PyTorch's profiler writes."""
+        return self.logging.tensorboard_dir or self.checkpoint.save
 
     @property
     def pipeline(self) -> PipelinePlan:

@@ -8,9 +8,11 @@ from megasp.config.data_rules import check_data
 from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.layout_rules import check_sharding, check_splits, layout_of, nearest
-from megasp.config.precision_rules import check_precision
+from megasp.config.precision_rules import check_fp8, check_precision
+from megasp.config.profile import check_profile
 from megasp.config.ranges import check_ranges
 from megasp.config.rotary_scaling import check_rotary_scaling
+from megasp.config.schedule_rules import check_schedule
 from megasp.config.schema import Config
 from megasp.errors import ConfigError
 
@@ -33,9 +35,11 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
     _batch(config, layout)
     _training(config, layout)
     _ignored(config)
-    _attention_kernel(config, device)
+    _kernels(config, device)
     activation_memory.check(config, layout, device)
     host_offload.check(config, device)
+    check_profile(config.profile, config.trace_folder, world_size, device)
+    check_fp8(config, layout)
     return layout
 
 
@@ -116,7 +120,7 @@ def _rampup(rampup: tuple[int, ...], batch: int, per_pass: int) -> None:
 
 
 def _training(config: Config, layout: Layout) -> None:
-    training, optimizer = config.training, config.optimizer
+    training = config.training
     if (training.train_iters is None) == (training.train_samples is None):
         raise ConfigError(
             f"train-iters {training.train_iters} and train-samples {training.train_samples}",
@@ -125,30 +129,7 @@ def _training(config: Config, layout: Layout) -> None:
         )
     if config.train_steps(layout) < 1:
         raise ConfigError(f"{config.train_steps(layout)} steps", "there must be at least one", "train longer")
-    if optimizer.lr_warmup_fraction is not None and optimizer.lr_warmup_iters:
-        raise ConfigError("--lr-warmup-fraction and --lr-warmup-iters", "they say the same", "leave one out")
-    for name in ("min_lr", "lr_warmup_init"):
-        if getattr(optimizer, name) > (optimizer.lr or 0):
-            flag = name.replace("_", "-")
-            raise ConfigError(
-                f"{flag} {getattr(optimizer, name)} and lr {optimizer.lr}", "it is at most lr", f"lower --{flag}"
-            )
-    decay_steps = optimizer.lr_decay_iters or config.train_steps(layout)
-    warmup = (optimizer.lr_warmup_fraction or 0) * decay_steps or optimizer.lr_warmup_iters
-    if warmup >= decay_steps:
-        raise ConfigError(
-            f"a warm-up of {warmup:g} steps and a decay that ends at step {decay_steps}",
-            "the warm-up must end before the decay does",
-            "shorten the warm-up",
-        )
-    if (optimizer.lr_wsd_decay_iters or 0) > decay_steps - warmup:
-        raise ConfigError(
-            f"lr-wsd-decay-iters {optimizer.lr_wsd_decay_iters} of {decay_steps - warmup:g} steps after the warm-up",
-            "WSD's last phase lies within them",
-            "shorten it",
-        )
-    if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_iters is None:
-        raise ConfigError("--lr-decay-style WSD", "its last phase has a length", "give --lr-wsd-decay-iters")
+    check_schedule(config)
     check_data(config)
     if config.model.vocab_size is None and config.data.tokenizer_type is None:
         raise ConfigError(
@@ -179,7 +160,13 @@ NEEDED = {
     "tokenizer_model": ("tokenizer_type", None),
     "vocab_file": ("tokenizer_type", None),
     "merge_file": ("tokenizer_type", None),
+    "decoupled_min_lr": ("decoupled_lr", None),
     "lr_wsd_decay_iters": ("lr_decay_style", "WSD"),
+    "lr_wsd_decay_samples": ("lr_decay_style", "WSD"),
+    "fp8_recipe": ("fp8_format", None),
+    "first_last_layers_bf16": ("fp8_format", None),
+    "num_layers_at_start_in_bf16": ("fp8_format", None),
+    "num_layers_at_end_in_bf16": ("fp8_format", None),
 }
 """Options that do nothing without another: its name, and its value where not any will do."""
 
@@ -195,10 +182,11 @@ def _ignored(config: Config) -> None:
             raise ConfigError(f"{option} without {other}", "it would do nothing", f"add {other}, or leave {option} out")
 
 
-def _attention_kernel(config: Config, device: str) -> None:
+def _kernels(config: Config, device: str) -> None:
     dtype = config.training.compute_dtype
     backend, dropout = config.training.attention_backend, config.model.attention_dropout
     name, reasons = choose_kernel(backend, device, dtype, dropout, config.model.head_dim)
     if name is None:
         fix = "use --attention-dropout 0, or --attention-backend unfused" if dropout else "use --attention-backend auto"
         raise ConfigError(f"--attention-backend {backend}", reasons, fix)
+    config.kernels.chosen(device, dtype)

@@ -1,20 +1,23 @@
 """Grouped-query self-attention, split over tensor-parallel ranks by heads and over Ulysses ranks by sequence."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from megasp.config.recompute import Recompute
 from megasp.config.schema import ModelConfig
 from megasp.model.dropout import TokenKeys, attention_bits, site_key
 from megasp.model.init import Factory
 from megasp.model.layers import ColumnParallelLinear, RowParallelLinear
 from megasp.model.norm import Norm
+from megasp.model.norm_kernels import UNFUSED, NormKernel
+from megasp.model.products import PLAIN, Products
 from megasp.model.recompute import recomputed
 from megasp.model.rotary import rotate_
 from megasp.parallel_state import ParallelState
-from megasp.sequence_parallel import Kept, SequenceAttention, Work
+from megasp.sequence_parallel import Chunk, Kept, Past, SequenceAttention, Work
 from megasp.sequence_parallel.block_kernels import AttentionDropout
 
 
@@ -31,8 +34,20 @@ class Tokens:
 
     keys: TokenKeys | None = None
     rotary: tuple[Tensor, Tensor] | None = None
-    work: Work | None = None
+    work: Work | Chunk | None = None
     kept: Kept | None = None
+
+    def chunk(self, number: int, chunks: int, split: int, past: Past) -> "Tokens":
+        """The same for one chunk of the residual stream, which `split` tensor-parallel ranks share."""
+        keys, rotary = self.keys, self.rotary
+        if keys is not None:
+            keys = replace(keys, positions=keys.positions.chunk(chunks)[number])
+        if rotary is not None:
+            # Of the positions of every one of these ranks, for attention gathers them.
+            cos, sin = (table.unflatten(0, (split, chunks, -1))[:, number].flatten(0, 1) for table in rotary)
+            rotary = cos, sin
+        assert isinstance(self.work, Work)
+        return Tokens(keys, rotary, Chunk(self.work, number, past))
 
 
 class Attention(nn.Module):
@@ -42,7 +57,9 @@ class Attention(nn.Module):
         config: the model's; its head counts are divisible as `megasp.config.validate` says.
         name: canonical name of this module.
         attend: attention of q to k and v over the sequence, wherever its parts are.
-        recompute: whether `attend` is recomputed in the backward.
+        recompute: whose "core_attn" runs `attend` again in the backward, "layernorm" the norm before.
+        products: how the linear layers multiply.
+        norms: the kernel of norms.
     """
 
     def __init__(
@@ -53,7 +70,9 @@ class Attention(nn.Module):
         attend: SequenceAttention,
         factory: Factory,
         name: str,
-        recompute: bool = False,
+        recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
+        products: Products = PLAIN,
+        norms: NormKernel = UNFUSED,
     ) -> None:
         super().__init__()
         self.head_dim, self.rotary = config.head_dim, config.position_embedding_type == "rope"
@@ -69,15 +88,15 @@ class Attention(nn.Module):
             replicas={k: copies, v: copies},
             init_std=config.init_method_std,
             factory=factory,
+            products=products.keeping_input(recompute.does("layernorm")),
         )
         self.local_heads = heads // tp.size, max(1, kv_heads // tp.size)
         self.q_norm = self.k_norm = None
         if config.qk_layernorm:
-            norm = partial(
-                Norm, config.normalization, self.head_dim, config.norm_epsilon, tp, partial=True, factory=factory
-            )
+            shape = config.normalization, self.head_dim, config.norm_epsilon
+            norm = partial(Norm, *shape, tp, partial=True, factory=factory, kernel=norms)
             self.q_norm, self.k_norm = norm(name=f"{name}.q_norm"), norm(name=f"{name}.k_norm")
-        self.attend, self.recompute = attend, recompute
+        self.attend, self.recompute = attend, recompute.does("core_attn")
         self.dropout, self.key = config.attention_dropout, site_key(factory.seed, name)
         self.first_head = tp.rank * self.local_heads[0]
         self.o = RowParallelLinear(
@@ -89,6 +108,8 @@ class Attention(nn.Module):
             init_std=config.init_method_std / (2 * config.num_layers) ** 0.5,
             factory=factory,
             name=f"{name}.o",
+            # Its input is the kernel's output, which that keeps, unless the kernel runs again or heads were exchanged.
+            products=products.keeping_input(state.ulysses.size == 1 and not self.recompute),
         )
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:

@@ -11,6 +11,8 @@ from megasp.model.dropout import dropout, site_key
 from megasp.model.init import Factory
 from megasp.model.layers import ColumnParallelLinear, RowParallelLinear
 from megasp.model.norm import Norm
+from megasp.model.norm_kernels import UNFUSED, NormKernel
+from megasp.model.products import PLAIN, Products
 from megasp.model.recompute import made_again, recomputed
 from megasp.model.tiles import tiled
 from megasp.parallel_state import ParallelState
@@ -21,7 +23,8 @@ class MLP(nn.Module):
     """[S, B, D] -> [S, B, D] through a hidden layer of `config.mlp_size`, split over the tensor-parallel ranks.
 
     Args:
-        remake: whether the activation's output is made again in the backward.
+        recompute: whose "mlp_act" makes the activation's output again in the backward, "layernorm" the input.
+        products: how the linear layers multiply.
     """
 
     def __init__(
@@ -31,10 +34,11 @@ class MLP(nn.Module):
         sequence_parallel: bool,
         factory: Factory,
         name: str,
-        remake: bool = False,
+        recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
+        products: Products = PLAIN,
     ) -> None:
         super().__init__()
-        self.remake = remake
+        self.remake = recompute.does("mlp_act")
         parts = ("gate", "up") if config.swiglu else ("up",)
         self.up = ColumnParallelLinear(
             config.hidden_size,
@@ -44,6 +48,7 @@ class MLP(nn.Module):
             sequence_parallel=sequence_parallel,
             init_std=config.init_method_std,
             factory=factory,
+            products=products.keeping_input(recompute.does("layernorm")),
         )
         self.activation = activation(config)
         self.down = RowParallelLinear(
@@ -55,6 +60,7 @@ class MLP(nn.Module):
             init_std=config.init_method_std / (2 * config.num_layers) ** 0.5,
             factory=factory,
             name=f"{name}.down",
+            products=products.keeping_input(self.remake),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,6 +76,10 @@ class Block(nn.Module):
     Args:
         recompute: of which "selective" is done here; the rest is of whole layers.
         tiles: in which the MLP and its norm are computed, along the sequence.
+        products: how the linear layers multiply.
+        norms: the kernel of norms.
+
+    Where attention is over chunks of the sequence, the whole layer is computed chunk by chunk.
     """
 
     def __init__(
@@ -82,9 +92,13 @@ class Block(nn.Module):
         name: str,
         recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
         tiles: int = 1,
+        products: Products = PLAIN,
+        norms: NormKernel = UNFUSED,
     ) -> None:
         super().__init__()
-        self.recompute, self.tiles = recompute, tiles
+        self.recompute = recompute
+        self.chunks, self.split = attend.sequence_chunks, state.tp.size if sequence_parallel else 1
+        self.tiles = -(-tiles // self.chunks)  # of a chunk
 
         def norm(site: str) -> Norm:
             return Norm(
@@ -95,19 +109,29 @@ class Block(nn.Module):
                 partial=sequence_parallel,
                 factory=factory,
                 name=f"{name}.{site}",
+                kernel=norms,
             )
 
         self.input_norm = norm("input_norm")
         options = config, state, sequence_parallel
-        again = recompute.does("core_attn")
-        self.attention = Attention(*options, attend, factory, f"{name}.attention", again)
+        self.attention = Attention(*options, attend, factory, f"{name}.attention", recompute, products, norms)
         self.mlp_norm = norm("mlp_norm")
-        self.mlp = MLP(*options, factory, f"{name}.mlp", recompute.does("mlp_act"))
+        self.mlp = MLP(*options, factory, f"{name}.mlp", recompute, products)
         self.dropout = config.hidden_dropout
         self.attention_key = site_key(factory.seed, f"{name}.attention residual")
         self.mlp_key = site_key(factory.seed, f"{name}.mlp residual")
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        if self.chunks == 1:
+            return self._layer(x, tokens)
+        past = self.attention.attend.past()
+
+        def chunk(x: Tensor, number: int) -> Tensor:
+            return self._layer(x, tokens.chunk(number, self.chunks, self.split, past))
+
+        return tiled(chunk, x, self.chunks, list(self.parameters()), past)
+
+    def _layer(self, x: Tensor, tokens: Tokens) -> Tensor:
         x = x + dropout(self._attention(x, tokens), self.dropout, self.attention_key, tokens.keys)
         return x + dropout(self._mlp(x), self.dropout, self.mlp_key, tokens.keys)
 
@@ -119,7 +143,7 @@ class Block(nn.Module):
     def _mlp(self, x: Tensor) -> Tensor:
         norm, mlp, does = self.mlp_norm, self.mlp, self.recompute.does
         if self.tiles > 1:
-            return tiled(lambda x: mlp(norm(x)), x, self.tiles, [*norm.parameters(), *mlp.parameters()])
+            return tiled(lambda x, _: mlp(norm(x)), x, self.tiles, [*norm.parameters(), *mlp.parameters()])
         if does("mlp") and does("layernorm") and torch.is_grad_enabled():
             return recomputed(lambda x: mlp(norm(x)), x)
         normed = norm(x)

@@ -5,6 +5,7 @@ D hidden size, V vocabulary. The residual stream is [S, B, D], sequence first, s
 sequence never moves memory; with sequence parallelism it is [S / T, B, D].
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from megasp.collectives import copy_to, gather_from, start_all_gather
 from megasp.config.recompute import Recompute
 from megasp.config.schema import ModelConfig
+from megasp.host_copies import copier
 from megasp.model.attention import Tokens
 from megasp.model.block import Block
 from megasp.model.dropout import TokenKeys, dropout, site_key
@@ -20,7 +22,9 @@ from megasp.model.init import Factory
 from megasp.model.layers import VocabParallelEmbedding, lookup, replicated
 from megasp.model.loss import linear_cross_entropy
 from megasp.model.norm import Norm
-from megasp.model.offload import Offload, copier
+from megasp.model.norm_kernels import UNFUSED, NormKernel
+from megasp.model.offload import Offload
+from megasp.model.products import PLAIN, Products
 from megasp.model.recompute import recomputed, shared_out
 from megasp.model.rotary import cos_sin
 from megasp.parallel_state import ParallelState
@@ -41,7 +45,10 @@ class GPTModel(nn.Module):
         attend: attention over the split sequence; without it over contiguous shards, by the best kernel there is.
         recompute: what is recomputed in the backward, and in which layers.
         tiled_mlp: tiles of the sequence in which each MLP is computed.
+        head_bytes: of the logits that exist at a time; 128 MiB without it.
         offloaded_layers: first layers whose activations go to the host.
+        norms: the kernel of norms.
+        products: layer number -> how its linear layers multiply; in the dtype of the parameters without it.
         factory: device, dtype and seed of the parameters.
 
     Example:
@@ -62,7 +69,10 @@ class GPTModel(nn.Module):
         attend: SequenceAttention | None = None,
         recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
         tiled_mlp: int = 1,
+        head_bytes: int | None = None,
         offloaded_layers: int = 0,
+        norms: NormKernel = UNFUSED,
+        products: Callable[[int], Products] = lambda number: PLAIN,
         factory: Factory | None = None,
     ) -> None:
         super().__init__()
@@ -83,12 +93,12 @@ class GPTModel(nn.Module):
             piece = replicated("position_embedding.weight", shape, state.tp, partial=self.sequence_parallel)
             self.position_embedding = factory.parameter([piece.with_facts(init_std=config.init_method_std, decay=True)])
         self.embedding_key = site_key(factory.seed, "embedding")
-        self.offloaded_layers = offloaded_layers
+        self.offloaded_layers, self.head_bytes = offloaded_layers, head_bytes
         self.copies = copier(state.device if offloaded_layers else torch.device("cpu"))
         self.groups = recompute.groups(len(layers))
         self.recompute = [recompute if again else Recompute() for group, again in self.groups for _ in group]
         self.layers = nn.ModuleList(
-            Block(config, state, *options, f"layers.{number}", again, tiled_mlp)
+            Block(config, state, *options, f"layers.{number}", again, tiled_mlp, products(number), norms)
             for number, again in zip(layers, self.recompute, strict=True)
         )
         self.final_norm = self.head = None
@@ -101,11 +111,11 @@ class GPTModel(nn.Module):
                 partial=self.sequence_parallel,
                 factory=factory,
                 name="final_norm",
+                tiles=self.attend.sequence_chunks,
+                kernel=norms,
             )
-            if tied:
-                self.head = self.embedding if first else self._embedding(factory, "embedding", 1)
-            else:
-                self.head = self._embedding(factory, "head")
+            shared = self.embedding if first else self._embedding(factory, "embedding", 1) if tied else None
+            self.head = shared if tied else self._embedding(factory, "head")
 
     def _embedding(self, factory: Factory, name: str, copy: int | None = None) -> VocabParallelEmbedding:
         return VocabParallelEmbedding(
@@ -164,7 +174,8 @@ class GPTModel(nn.Module):
             return self._logits(x)
         mask = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask
         axis, weight = self.state.tp, self.head.weight
-        return linear_cross_entropy(x, weight, labels.t(), mask.t(), axis, self.sequence_parallel)
+        split, size = self.sequence_parallel, self.head_bytes
+        return linear_cross_entropy(x, weight, labels.t(), mask.t(), axis, split, size)
 
     def _run(self, group: range, x: Tensor, info: Tokens) -> Tensor:
         """Some layers, recomputed in the backward as one where whole layers are."""

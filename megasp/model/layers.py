@@ -17,17 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from megasp.collectives import (
-    Pending,
     reduce_from,
     scatter_to,
-    start_all_gather,
     start_all_reduce,
     start_reduce_scatter,
 )
 from megasp.footprint import Part
 from megasp.model.init import Factory
-from megasp.model.matmul import linear, product
-from megasp.model.weight_gradients import WeightGradients, gradient_dtype
+from megasp.model.products import FEATURES, PLAIN, ROWS, Operand, Products
+from megasp.model.weight_gradients import WeightGradient, WeightGradients, gradient_dtype
 from megasp.parallel_state import Axis
 from megasp.parameters import Piece, split, whole
 
@@ -35,7 +33,7 @@ ONE_RANK = Axis("tp")
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T + b. Saves x as it came (a shard, under sequence parallelism) and W.
+    """y = x W^T + b. Saves of x what `products` keeps (of a shard, under sequence parallelism) and W.
 
     The backward gathers x again behind the input-gradient GEMM, and reduces the input's gradient behind the
     weight-gradient GEMM; or leaves the weight's gradient to the queue that is given, while that defers.
@@ -47,38 +45,41 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        products: Products,
         axis: Axis,
         sequence_parallel: bool,
         queue: WeightGradients | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.axis, ctx.sequence_parallel, ctx.queue = axis, sequence_parallel, queue
+        gather = axis if sequence_parallel else None
+        left, by_rows = products.cast(x, FEATURES, ROWS, gather=gather)
+        kept = products.kept(x, by_rows)
+        ctx.save_for_backward(kept.values, kept.scale, weight)
+        ctx.products, ctx.axis, ctx.gather, ctx.queue = products, axis, gather, queue
         ctx.parameter = weight  # where a deferred gradient goes: under recompute what is saved is a detached copy
-        full = start_all_gather(x, axis).wait() if sequence_parallel else x
-        return linear(full, weight, bias)
+        gathered = left.start_gather(gather)
+        (right,) = products.cast(weight, FEATURES)
+        return products.multiply(gathered(), right.matrix, x.dtype, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        values, scale, weight = ctx.saved_tensors
+        products, axis, gather, kept = ctx.products, ctx.axis, ctx.gather, Operand(values, scale)
         wants_dx, wants_dw, wants_db, *_ = ctx.needs_input_grad
+        left, by_rows = products.cast(dy, FEATURES, ROWS, gradient=True)
         if wants_dw and ctx.queue is not None and ctx.queue.defers:
-            ctx.queue.put(ctx.parameter, x, dy, ctx.axis if ctx.sequence_parallel else None)
+            ctx.queue.put(WeightGradient(ctx.parameter, kept, by_rows, products, gather))
             wants_dw = False
-        gathered = start_all_gather(x, ctx.axis) if ctx.sequence_parallel and wants_dw else Pending(x)
-        dy_2d = dy.reshape(-1, dy.shape[-1])
+        gathered = products.restored(kept).start_gather(gather) if wants_dw else None
         dx = dw = None
         if wants_dx:
-            partial = linear(dy, weight.t())
-            dx = (
-                start_reduce_scatter(partial, ctx.axis)
-                if ctx.sequence_parallel
-                else start_all_reduce(partial, ctx.axis)
-            )
-        if wants_dw:
-            x_2d = gathered.wait().reshape(-1, weight.shape[1])
-            dw = product(dy_2d.t(), x_2d.t(), gradient_dtype(ctx.parameter))
-        db = dy_2d.sum(0, dtype=gradient_dtype(ctx.parameter)) if wants_db else None
-        return dx.wait() if dx is not None else None, dw, db, None, None, None
+            (right,) = products.cast(weight, ROWS)
+            partial = products.multiply(left, right.transposed, dy.dtype)
+            dx = start_all_reduce(partial, axis) if gather is None else start_reduce_scatter(partial, gather)
+            del left, right, partial
+        if gathered is not None:
+            dw = products.multiply(by_rows.transposed, gathered().transposed, gradient_dtype(ctx.parameter))
+        db = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=gradient_dtype(ctx.parameter)) if wants_db else None
+        return dx.wait() if dx is not None else None, dw, db, None, None, None, None
 
 
 class _AddBias(torch.autograd.Function):
@@ -117,6 +118,7 @@ def lookup(rows: Tensor, table: Tensor) -> Tensor:
 class _ParallelLinear(nn.Module):
     """A layer whose weight gradient may be put off."""
 
+    products: Products
     weight_gradients: WeightGradients | None = None
 
 
@@ -138,6 +140,7 @@ class ColumnParallelLinear(_ParallelLinear):
         sequence_parallel: the input is this rank's [S / T, B, D] and is gathered.
         replicas: canonical name -> ranks that hold the same rows of it (kv heads fewer than ranks).
         init_std: standard deviation of the initial weights.
+        products: how it multiplies, forward and backward.
 
     Forward: [S, B, D] -> [S, B, sum(outputs) / T], this rank's part of each output after one another.
 
@@ -157,9 +160,10 @@ class ColumnParallelLinear(_ParallelLinear):
         init_std: float = 0.02,
         factory: Factory | None = None,
         name: str = "linear",
+        products: Products = PLAIN,
     ) -> None:
         super().__init__()
-        self.axis, self.sequence_parallel = axis, sequence_parallel
+        self.axis, self.sequence_parallel, self.products = axis, sequence_parallel, products
         factory = factory or Factory()
         outputs = {name: outputs} if isinstance(outputs, int) else outputs
         held = {name: (replicas or {}).get(name, 1) for name in outputs}
@@ -176,7 +180,8 @@ class ColumnParallelLinear(_ParallelLinear):
         self.bias = factory.parameter(pieces("bias", decay=False)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.weight, self.bias, self.axis, self.sequence_parallel, self.weight_gradients)
+        options = self.products, self.axis, self.sequence_parallel, self.weight_gradients
+        return _Linear.apply(x, self.weight, self.bias, *options)
 
 
 class RowParallelLinear(_ParallelLinear):
@@ -188,6 +193,7 @@ class RowParallelLinear(_ParallelLinear):
         axis: the tensor-parallel axis.
         bias: whether there is one; added once, after the sum.
         sequence_parallel: the output is this rank's [S / T, B, D].
+        products: how it multiplies, forward and backward.
 
     Forward: [S, B, in_features / T] -> [S, B, D], or [S / T, B, D] with sequence parallelism.
 
@@ -206,9 +212,10 @@ class RowParallelLinear(_ParallelLinear):
         init_std: float = 0.02,
         factory: Factory | None = None,
         name: str = "linear",
+        products: Products = PLAIN,
     ) -> None:
         super().__init__()
-        self.axis, self.sequence_parallel = axis, sequence_parallel
+        self.axis, self.sequence_parallel, self.products = axis, sequence_parallel, products
         factory = factory or Factory()
         weight = split(f"{name}.weight", (out_features, in_features), axis.rank, axis.size, dim=1)
         self.weight = factory.parameter([weight.with_facts(init_std=init_std)])
@@ -219,7 +226,7 @@ class RowParallelLinear(_ParallelLinear):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _Linear.apply(x, self.weight, None, ONE_RANK, False, self.weight_gradients)
+        y = _Linear.apply(x, self.weight, None, self.products, ONE_RANK, False, self.weight_gradients)
         y = scatter_to(y, self.axis) if self.sequence_parallel else reduce_from(y, self.axis)
         return y if self.bias is None else _AddBias.apply(y, self.bias)
 
@@ -275,16 +282,6 @@ def replicated(name: str, shape: tuple[int, ...], axis: Axis, *, partial: bool, 
         partial: each rank's gradient is only its own share of the sum.
     """
     return whole(name, shape).with_replicas(axis.rank, axis.size, partial).with_facts(init_mean=init_mean, decay=False)
-
-
-def linear_footprint(
-    name: str, rows: int, inputs: int, outputs: int, item: int, gradient: int, gather: int = 1
-) -> Part:
-    """Bytes of a linear layer on `rows` rows, which it gathers over `gather` ranks before; its weight's gradient is
-    made in `gradient` bytes an element."""
-    x, y, weight = rows * inputs * item, gather * rows * outputs * item, inputs * outputs * gradient
-    gathered = gather * x if gather > 1 else 0
-    return Part(name, y, y + gathered, 2 * gathered + x + weight, deferred=x + y)
 
 
 def sum_footprint(elements: int, item: int, tp: int, sequence_parallel: bool) -> Part:

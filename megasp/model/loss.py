@@ -27,13 +27,20 @@ CACHE_BYTES = 2**20
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, axis: Axis, split: bool, train: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        axis: Axis,
+        split: bool,
+        chunk: int,
+        train: bool,
     ) -> Tensor:
         ctx.axis, ctx.split = axis, split
         full = start_all_gather(hidden, axis).wait() if split else hidden
         rows, labels, mask = full.reshape(-1, full.shape[-1]), labels.reshape(-1), mask.reshape(-1)
         wide = torch.promote_types(rows.dtype, torch.float32)
-        chunk = max(1, CHUNK_BYTES // (weight.shape[0] * weight.itemsize))
         loss = torch.zeros((), dtype=wide, device=rows.device)
         dhidden = torch.empty_like(rows) if train else None
         dweight: Tensor | None = None
@@ -66,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         pending = reduce(dhidden.mul_(grad), ctx.axis)
         if dweight is not None:
             dweight = dweight.mul_(grad).to(ctx.dtype)
-        return pending.wait(), dweight, None, None, None, None, None
+        return pending.wait(), dweight, None, None, None, None, None, None
 
 
 def _chunk_loss(
@@ -114,7 +121,13 @@ def _passes(logits: Tensor, wide: torch.dtype) -> list[slice]:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, axis: Axis, sequence_parallel: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    axis: Axis,
+    sequence_parallel: bool = False,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """Sum over tokens of mask * cross entropy(softmax(hidden weight^T), label), in fp32 or wider.
 
@@ -124,17 +137,22 @@ def linear_cross_entropy(
         labels: int64 [S, B], ids in [0, V).
         mask: [S, B], the weight of each token's loss (0 or 1).
         axis: the tensor-parallel axis.
+        chunk_bytes: of the logits that exist at a time, in the model's dtype; `CHUNK_BYTES` without it.
     Returns:
         A scalar, the same on every rank of the axis. It may be differentiated once.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, mask, axis, sequence_parallel, torch.is_grad_enabled())
+    rows = max(1, (chunk_bytes or CHUNK_BYTES) // (weight.shape[0] * weight.itemsize))
+    train = torch.is_grad_enabled()
+    return _LinearCrossEntropy.apply(hidden, weight, labels, mask, axis, sequence_parallel, rows, train)
 
 
-def loss_footprint(rows: int, size: int, vocabulary: int, item: int, gradient: int, split: int = 1) -> Part:
+def loss_footprint(
+    rows: int, size: int, vocabulary: int, item: int, gradient: int, split: int = 1, chunk_bytes: int | None = None
+) -> Part:
     """Bytes of head and loss: `rows` rows of `size` features, of which each of `split` ranks holds a shard, and this
     rank's `vocabulary` rows of the head, whose gradient is made in `gradient` bytes an element."""
     wide = max(item, 4)
-    chunk = min(rows, max(1, CHUNK_BYTES // (vocabulary * item)))
+    chunk = min(rows, max(1, (chunk_bytes or CHUNK_BYTES) // (vocabulary * item)))
     hidden, weight = rows * size * item, vocabulary * size * gradient
     total = vocabulary * size * wide if chunk < rows else 0  # where there are several, their sum is wide
     logits = chunk * vocabulary * (item + (wide if item < wide else 0))

@@ -3,6 +3,7 @@
 Every Function states its own bytes beside its code; here they are put together as `gpt.py` and `block.py` run them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -11,12 +12,13 @@ from megasp.config.schema import ModelConfig
 from megasp.footprint import Footprint, Part, as_part, chain, joined, recomputed
 from megasp.model.activations import activation_footprint
 from megasp.model.dropout import dropout_footprint
-from megasp.model.layers import embedding_footprint, linear_footprint, sum_footprint
+from megasp.model.layers import embedding_footprint, sum_footprint
 from megasp.model.loss import loss_footprint
 from megasp.model.norm import norm_footprint
+from megasp.model.products import PLAIN, Products
 from megasp.model.rotary import rotary_footprint, tables_footprint
-from megasp.model.tiles import tiled_footprint
-from megasp.sequence_parallel.memory import AttentionSizes, attention_parts
+from megasp.model.tiles import chunked_footprint, tiled_footprint
+from megasp.sequence_parallel.memory import AttentionSizes, PastBytes, attention_parts
 
 STREAM = "residual stream"
 
@@ -34,6 +36,10 @@ class Sizes:
         attention: how attention is split; its heads are this tensor-parallel rank's.
         dropout: whether dropout is on.
         tiles: of the MLP.
+        chunks: of the sequence, one after another; `chunks_on_host`: where what they leave is.
+        head_bytes: of the logits that exist at a time; the loss's own choice without it.
+        products: how linear layers multiply.
+        fused_norms: whether a norm is one kernel.
     """
 
     tokens: int
@@ -45,6 +51,11 @@ class Sizes:
     sequence_parallel: bool
     attention: AttentionSizes
     tiles: int = 1
+    chunks: int = 1
+    chunks_on_host: bool = False
+    head_bytes: int | None = None
+    products: Products = PLAIN
+    fused_norms: bool = False
 
     @property
     def split(self) -> int:
@@ -68,6 +79,11 @@ def layer_parameters(model: ModelConfig, tp: int) -> int:
     return d * (qkv + heads * head + up + ffn) + norms + biases
 
 
+def norm_parameters(model: ModelConfig) -> int:
+    """Elements of a norm of the residual stream."""
+    return model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
+
+
 def largest_matrix(model: ModelConfig, tp: int) -> int:
     """Elements of a layer's largest tensor on one rank of `tp`."""
     return model.hidden_size * model.mlp_size * (2 if model.swiglu else 1) // tp
@@ -82,39 +98,44 @@ def end_parameters(model: ModelConfig, tp: int, first: bool, last: bool) -> dict
     counts = {
         "embedding": first * table,
         "positions": learned * (model.max_position_embeddings or 1024) * d,
-        "final norm": last * d * (2 if model.normalization == "LayerNorm" else 1),
+        "final norm": last * norm_parameters(model),
         "head": own_head * table,
     }
     return {name: count for name, count in counts.items() if count}
 
 
 def _norm(model: ModelConfig, sizes: Sizes, remade: bool = False) -> Part:
-    part = norm_footprint(model.normalization, sizes.rows, model.hidden_size, sizes.item, "norm output")
+    shape = sizes.rows, model.hidden_size, sizes.item
+    part = norm_footprint(model.normalization, *shape, "norm output", sizes.fused_norms)
     return replace(part, remade=remade)
 
 
-def _attention(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[Part]:
+def _attention(model: ModelConfig, sizes: Sizes, recompute: Recompute, chunk: Part | None = None) -> list[Part]:
     attention, item, gradient = sizes.attention, sizes.item, sizes.gradient
-    gather = sizes.split
+    remade = recompute.does("layernorm")
     width = (attention.heads + 2 * attention.kv_heads) * attention.head_dim
     parts = [
-        _norm(model, sizes, recompute.does("layernorm")),
-        linear_footprint("q, k, v", sizes.rows, model.hidden_size, width, item, gradient, gather),
+        _norm(model, sizes, remade),
+        sizes.products.keeping_input(remade).footprint(
+            "q, k, v", sizes.rows, model.hidden_size, width, item, gradient, sizes.split
+        ),
     ]
     heads = sizes.tokens * (attention.heads + attention.kv_heads)
     if model.qk_layernorm:
-        normed = norm_footprint(model.normalization, heads, model.head_dim, item, "q, k, normed")
+        shape = heads, model.head_dim, item
+        normed = norm_footprint(model.normalization, *shape, "q, k, normed", sizes.fused_norms)
         parts.append(normed)
     if model.position_embedding_type == "rope":
         rotating = heads * (int(model.head_dim * model.rotary_percent) // 2 * 2) * item
         parts.append(rotary_footprint(attention.qkv, rotating))
-    inner = attention_parts(attention)
+    inner = attention_parts(attention, chunk)
     if recompute.does("core_attn"):
         parts.append(as_part(chain(inner, attention.qkv, "q, k, v"), attention.qkv, "attention output"))
     else:
         parts += inner
     hidden = attention.heads * attention.head_dim
-    parts.append(linear_footprint("residual branch", sizes.tokens, hidden, model.hidden_size, item, gradient))
+    products = sizes.products.keeping_input(attention.ulysses == 1 and not recompute.does("core_attn"))
+    parts.append(products.footprint("residual branch", sizes.tokens, hidden, model.hidden_size, item, gradient))
     return [*parts, *_branch_end(model, sizes), *_dropout(model, sizes)]
 
 
@@ -144,27 +165,59 @@ def _mlp(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[Part]:
         whole = tiled_footprint(inner, stream, sizes.tiles, model.hidden_size * (up + ffn), gradient)
         return [whole, *_dropout(model, sizes)]
     act = activation_footprint(model, sizes.tokens * ffn * item)
-    norm = _norm(model, sizes, recompute.does("layernorm"))
+    norm_again, act_again = recompute.does("layernorm"), recompute.does("mlp_act")
+    norm, products = _norm(model, sizes, norm_again), sizes.products
     mlp = [
-        linear_footprint("MLP hidden", sizes.rows, model.hidden_size, up, item, gradient, sizes.split),
-        replace(act, remade=recompute.does("mlp_act")),
-        linear_footprint("residual branch", sizes.tokens, ffn, model.hidden_size, item, gradient),
+        products.keeping_input(norm_again).footprint(
+            "MLP hidden", sizes.rows, model.hidden_size, up, item, gradient, sizes.split
+        ),
+        replace(act, remade=act_again),
+        products.keeping_input(act_again).footprint(
+            "residual branch", sizes.tokens, ffn, model.hidden_size, item, gradient
+        ),
     ]
     end, dropped = _branch_end(model, sizes), _dropout(model, sizes)
     if not recompute.does("mlp"):
         return [norm, *mlp, *end, *dropped]
-    if recompute.does("layernorm"):
+    if norm_again:
         inner = chain([_norm(model, sizes), *mlp, *end], stream, STREAM)
         return [as_part(inner, stream, "residual branch"), *dropped]
     return [norm, as_part(chain([*mlp, *end], stream, "norm output"), stream, "residual branch"), *dropped]
+
+
+def _layer(
+    model: ModelConfig, sizes: Sizes, recompute: Recompute, chunk: Part | None = None, held: int = 0
+) -> Footprint:
+    """A layer; of a `chunk` of the sequence, `held` bytes of gradients of weights wait when attention's turn comes."""
+    stream = sizes.rows * model.hidden_size * sizes.item
+    parts = _attention(model, sizes, recompute, chunk), _mlp(model, sizes, recompute)
+    attention, mlp = (chain(half, stream, STREAM, residual=True) for half in parts)
+    return joined([replace(attention, backward=attention.backward + held), mlp])
+
+
+def _in_chunks(model: ModelConfig, sizes: Sizes) -> Footprint:
+    chunks, stream = sizes.chunks, sizes.rows * model.hidden_size * sizes.item
+    attention = replace(sizes.attention, tokens=sizes.attention.tokens // chunks)
+    tiles = -(-sizes.tiles // chunks)
+    one = replace(sizes, tokens=sizes.tokens // chunks, attention=attention, tiles=tiles, chunks=1)
+    past = PastBytes.of(attention, chunks, sizes.chunks_on_host)
+    attend = past.first(), past.again(chunks - 1, sums=False), past.again(chunks - 2, sums=True)
+    weights = layer_parameters(model, sizes.tp)
+    qkv = model.hidden_size * (attention.heads + 2 * attention.kv_heads) * attention.head_dim
+    held = (weights - qkv) * sizes.gradient
+    first, last, before = (_layer(model, one, Recompute(), part, held) for part in attend)
+    part = chunked_footprint(first, (last, before), stream, past, weights, sizes.gradient)
+    found = chain([part], stream, STREAM)
+    if not past.host:
+        return found
+    return replace(found, host=sum(past.kept.values()), host_working=(chunks - 1) * past.keys * past.wide)
 
 
 @cache
 def layer_footprint(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> Footprint:
     """A layer that recomputes as `recompute` says, one layer at a time."""
     stream = sizes.rows * model.hidden_size * sizes.item
-    halves = [chain(half(model, sizes, recompute), stream, STREAM, residual=True) for half in (_attention, _mlp)]
-    layer = joined(halves)
+    layer = _layer(model, sizes, recompute) if sizes.chunks == 1 else _in_chunks(model, sizes)
     shares = sizes.tp if recompute.distributed else 1
     if recompute.granularity == "full":
         return recomputed(layer, stream, name=STREAM, shares=shares)
@@ -176,34 +229,48 @@ def layer_footprint(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> F
 
 
 def stage_layers(
-    model: ModelConfig, sizes: Sizes, recompute: Recompute, layers: int, offloaded: int = 0, first: bool = True
+    model: ModelConfig,
+    sizes: Sizes,
+    recompute: Recompute,
+    products: Sequence[Products],
+    offloaded: int = 0,
+    first: bool = True,
 ) -> list[Footprint]:
-    """The layers of a stage, those that are recomputed together as one; the first `offloaded` keep theirs on the host.
-    A stage that is not the `first` keeps its own input whole.
+    """The layers of a stage, which multiply by `products`, those that are recomputed together as one; the first
+    `offloaded` keep theirs on the host. A stage that is not the `first` keeps its own input whole.
 
     Of these the last one's is on the device, too; two layers' are while a forward runs, and while a backward does.
     """
-    plain = layer_footprint(model, sizes, Recompute())
-    single = layer_footprint(model, sizes, recompute)
+
+    def layer(number: int, recompute: Recompute) -> Footprint:
+        return layer_footprint(model, replace(sizes, products=products[number]), recompute)
+
     stream = sizes.rows * model.hidden_size * sizes.item
     found: list[Footprint] = []
     away: list[tuple[int, Footprint, int]] = []
-    for group, again in recompute.groups(layers):
+    for group, again in recompute.groups(len(products)):
         given = group.start == 0 and not first
         if not again:
-            found.append(plain)
+            found.append(layer(group.start, Recompute()))
         elif len(group) == 1:
-            found.append(layer_footprint(model, sizes, replace(recompute, distributed=False)) if given else single)
+            found.append(layer(group.start, replace(recompute, distributed=False) if given else recompute))
         else:
             shares = sizes.tp if recompute.distributed and not given else 1
-            found.append(recomputed(joined([plain] * len(group)), stream, name=STREAM, shares=shares))
+            inner = joined([layer(number, Recompute()) for number in group])
+            found.append(recomputed(inner, stream, name=STREAM, shares=shares))
         if group.start < offloaded:
             before = found[-2].total if len(found) > 1 else 0
             away.append((len(found) - 1, found[-1], before))
     for index, piece, before in away[:-1]:
         found[index] = replace(
-            piece, kept={}, forward=piece.forward + before, backward=piece.backward + before, host=piece.total
+            piece,
+            kept={},
+            forward=piece.forward + before,
+            backward=piece.backward + before,
+            put_off=piece.put_off + before,
         )
+    for index, piece, _ in away:
+        found[index] = replace(found[index], host=piece.host + piece.total)
     return found
 
 
@@ -220,8 +287,13 @@ def last_footprint(model: ModelConfig, sizes: Sizes) -> Footprint:
     """The final norm, the head and the loss."""
     d, stream = model.hidden_size, sizes.rows * model.hidden_size * sizes.item
     vocabulary, item = model.padded_vocab_size // sizes.tp, sizes.item
-    loss = loss_footprint(sizes.tokens, d, vocabulary, item, sizes.head_gradient, sizes.split)
-    return chain([_norm(model, sizes), loss], stream, STREAM)
+    loss = loss_footprint(sizes.tokens, d, vocabulary, item, sizes.head_gradient, sizes.split, sizes.head_bytes)
+    norm = _norm(model, sizes)
+    if sizes.chunks > 1:
+        part = _norm(model, replace(sizes, tokens=sizes.tokens // sizes.chunks))
+        tile, weights = chain([part], stream // sizes.chunks, STREAM), norm_parameters(model)
+        norm = replace(tiled_footprint(tile, stream, sizes.chunks, weights, item), name="norm output")
+    return chain([norm, loss], stream, STREAM)
 
 
 def tables(model: ModelConfig, sizes: Sizes) -> int:

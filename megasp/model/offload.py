@@ -11,113 +11,25 @@ which is what the tests check; nothing is gained there, so a run on CPUs refuses
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from megasp.host_copies import Copier, HostCopy
+
 SMALLEST = 2**20
 """Bytes of a tensor below which it stays on the device: a copy's latency would be all that it costs."""
 
 
-class Copier(Protocol):
-    """Copies of whole storages between a device and the host, beside the computation."""
-
-    def to_host(self, x: Tensor) -> tuple[Tensor, Any]:
-        """A copy of bytes on the host, and a mark of when it is done."""
-
-    def to_device(self, host: Tensor) -> tuple[Tensor, Any]:
-        """A copy on the device, and a mark of when it is done."""
-
-    def onto(self, x: Tensor, values: Tensor) -> Any:
-        """Copy values of the host onto `x` on the device, in its dtype; a mark of when it is done."""
-
-    def wait(self, mark: Any) -> None:
-        """Let the computation that follows wait for a mark."""
-
-    def settle(self, mark: Any) -> None:
-        """Let the host wait for a mark."""
-
-
-class CUDACopier:
-    """On a side stream, through pinned memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)
-
-    def to_host(self, x: Tensor) -> tuple[Tensor, Any]:
-        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-        return host, self._copy(host, x)
-
-    def to_device(self, host: Tensor) -> tuple[Tensor, Any]:
-        x = torch.empty(host.shape, dtype=host.dtype, device=self.device)
-        return x, self._copy(x, host)
-
-    def onto(self, x: Tensor, values: Tensor) -> Any:
-        pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)  # its allocator keeps it until it has travelled
-        return self._copy(x, pinned.copy_(values))
-
-    def _copy(self, to: Tensor, source: Tensor) -> Any:
-        # Also into memory that is new: what was there before may still be in use on the other stream.
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            to.copy_(source, non_blocking=True)
-            return self.stream.record_event()
-
-    def wait(self, mark: Any) -> None:
-        torch.cuda.current_stream(self.device).wait_event(mark)
-
-    def settle(self, mark: Any) -> None:
-        mark.synchronize()
-
-
-class PlainCopier:
-    """Copies at once."""
-
-    def to_host(self, x: Tensor) -> tuple[Tensor, Any]:
-        return x.clone(), None
-
-    to_device = to_host
-
-    def onto(self, x: Tensor, values: Tensor) -> Any:
-        x.copy_(values)
-
-    def wait(self, mark: Any) -> None:
-        pass
-
-    settle = wait
-
-
-def copier(device: torch.device) -> Copier:
-    """The one for a device."""
-    return CUDACopier(device) if device.type == "cuda" else PlainCopier()
-
-
-class _Slot:
+class _Slot(HostCopy):
     """A storage that is on the host, on the device, or on its way."""
 
-    def __init__(self, storage: torch.UntypedStorage, device: torch.device, copies: Copier) -> None:
-        self.copies = copies
-        self.device_bytes: Tensor | None = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
-        self.host, self.mark = copies.to_host(self.device_bytes)
-        self.uses = 0
-
-    def let_go(self) -> None:
-        """Let go of the device's copy, when the host's is there."""
-        self.copies.wait(self.mark)
-        self.device_bytes = None
-
-    def fetch(self) -> None:
-        if self.device_bytes is None:
-            self.device_bytes, self.mark = self.copies.to_device(self.host)
+    uses = 0
 
     def take(self) -> Tensor:
         """The bytes on the device, as soon as they are there; held here until the last use has taken them."""
-        self.fetch()
-        self.copies.wait(self.mark)
-        taken = self.device_bytes
-        assert taken is not None
+        taken = self.get()
         self.uses -= 1
         if self.uses == 0:
             self.device_bytes = None
@@ -184,10 +96,11 @@ class Offload:
             key = storage._cdata
             if not weights:  # not before, for sharded weights are gathered when a block begins
                 weights.update(p.untyped_storage()._cdata for block in blocks for p in block.parameters())
-            if key in weights or storage.nbytes() < self.smallest:
+            if key in weights or storage.nbytes() < self.smallest or self.copies.is_host(x):
                 return x
             if key not in current.slots:
-                current.slots[key] = _Slot(storage, x.device, self.copies)
+                whole = x.detach().as_strided((storage.nbytes() // x.itemsize,), (1,), 0)
+                current.slots[key] = _Slot.of(whole.view(torch.uint8), self.copies)
             return _Saved(current, key, x)
 
         def unpack(packed: Tensor | _Saved) -> Tensor:

@@ -7,14 +7,13 @@ accumulation.
 They may also wait: a linear layer's backward leaves them in a queue, a zero-bubble schedule runs them later (arXiv
 2401.10241). Only GEMM weights wait; norms, biases, embeddings and the head have theirs in the backward."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megasp.collectives import Pending, start_all_gather
-from megasp.model.matmul import product
+from megasp.model.products import Operand, Products
 from megasp.parallel_state import Axis
 
 
@@ -28,21 +27,22 @@ class WeightGradient:
     """dW = dy^T x, to be added to the gradient of `weight`.
 
     Attributes:
-        x: [..., in], or this rank's shard of dim 0 where `gather` is an axis to gather it over first.
-        dy: [..., out].
+        x: what the layer kept of its input, [..., in], or this rank's shard of dim 0 where `gather` is an axis to
+            gather it over first.
+        dy: its output's gradient, cast over rows, [..., out].
     """
 
     weight: Tensor
-    x: Tensor
-    dy: Tensor
+    x: Operand
+    dy: Operand
+    products: Products
     gather: Axis | None
 
-    def start(self) -> Pending:
-        return Pending(self.x) if self.gather is None else start_all_gather(self.x, self.gather)
+    def start(self) -> Callable[[], Operand]:
+        return self.products.restored(self.x).start_gather(self.gather)
 
-    def finish(self, x: Pending) -> None:
-        dy, full = self.dy.reshape(-1, self.dy.shape[-1]), x.wait().reshape(-1, self.weight.shape[1])
-        dw = product(dy.t(), full.t(), gradient_dtype(self.weight))
+    def finish(self, x: Operand) -> None:
+        dw = self.products.multiply(self.dy.transposed, x.transposed, gradient_dtype(self.weight))
         # The backward of a leaf adds to its gradient and runs its hooks, as the backward of the graph would have.
         self.weight.backward(dw)
 
@@ -54,8 +54,8 @@ class WeightGradients:
         self.defers = False
         self._queue: list[WeightGradient] = []
 
-    def put(self, weight: Tensor, x: Tensor, dy: Tensor, gather: Axis | None) -> None:
-        self._queue.append(WeightGradient(weight, x, dy, gather))
+    def put(self, gradient: WeightGradient) -> None:
+        self._queue.append(gradient)
 
     def take(self) -> list[WeightGradient]:
         """What was put since the last time."""
@@ -69,4 +69,4 @@ def compute(gradients: Sequence[WeightGradient]) -> None:
     pending = [gradients[0].start()] if gradients else []
     for index, gradient in enumerate(gradients):
         pending += [following.start() for following in gradients[index + 1 : index + 2]]
-        gradient.finish(pending.pop(0))
+        gradient.finish(pending.pop(0)())

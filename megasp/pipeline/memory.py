@@ -123,7 +123,8 @@ class _Walk:
         grown = at_most = 0
         for index, (piece, size) in enumerate(zip(reversed(stage.pieces), reversed(stage.gradients), strict=True)):
             reducing = stage.reducing if index > stage.unreduced else 0
-            needed = kept + piece.backward - piece.total + grown + reducing
+            backward = piece.put_off if action.kind == "I" else piece.backward
+            needed = kept + backward - piece.total + grown + reducing
             if needed > most:
                 most, at_most = needed, grown
             kept += (piece.deferred if action.kind == "I" else 0) - piece.total

@@ -7,7 +7,7 @@ from megasp.config.context_parallel import split_context
 from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.pipeline import PipelinePlan
-from megasp.config.recompute import Recompute
+from megasp.config.recompute import ActivationConfig
 from megasp.config.schema import Config, ModelConfig
 from megasp.config.stages import Stage, split
 from megasp.pipeline.schedules import placement
@@ -27,8 +27,12 @@ class Redone:
     gathers: float = 0.0
 
     @classmethod
-    def of(cls, recompute: Recompute, layers: int = 1) -> "Redone":
+    def of(cls, activations: ActivationConfig, layers: int = 1) -> "Redone":
         """What --recompute-granularity and its companions mean, in a stage of so many layers."""
+        recompute = activations.recompute
+        if activations.sequence_chunks > 1:  # attention's output stays, all else of a chunk runs again
+            groups = float(recompute.num_layers > 1)  # whose layers all run forward again before that
+            return cls(groups, 1.0 + groups, 1.0 + groups, 1.0 + groups)
         chosen = sum(len(group) for group, again in recompute.groups(layers) if again)
         share = chosen / max(1, layers)
         if recompute.granularity in ("full", "all-but-attention"):
@@ -51,6 +55,10 @@ class Software:
         partial_bytes: of an element of the ring's sums of gradients on their way.
         accumulate_bytes: read and written for a weight and a microbatch to add its gradient up, where the product does
             not do it.
+        cast_bytes: with fp8, read and written for an element of an operand to cast it for both of its products.
+        cast_weight_bytes: the same for an element of a weight and one direction of a microbatch; 0 where weights are
+            cast once a step.
+        gather_bytes: with fp8, of an element of an input that tensor-parallel ranks gather.
     """
 
     attention: str = "fused"
@@ -59,16 +67,21 @@ class Software:
     gradient_bytes: int = 4
     partial_bytes: int = 4
     accumulate_bytes: int = 0
+    cast_bytes: int = 6
+    cast_weight_bytes: int = 0
+    gather_bytes: int = 2
 
 
-MEGASP = Software(accumulate_bytes=14)
+MEGASP = Software(accumulate_bytes=14, cast_bytes=11, cast_weight_bytes=9, gather_bytes=1)
 """megasp on a GPU: eager element-wise operations; the backward's gathers and scatters beside GEMMs; weight gradients
-that are written in fp32 (2 bytes more than in bf16) and added up in it (12)."""
+that are written in fp32 (2 bytes more than in bf16) and added up in it (12); fp8 operands that are read for the largest
+value, scaled, cast, and transposed, one after another, weights in each forward and backward, and gathered in fp8."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One step of one run, as the time model sees it."""
+    """One step of one run, as the time model sees it; `fp8_layers` is the share of the layers that have its precision
+    where that is fp8, the others compute in bf16."""
 
     model: ModelConfig
     layout: Layout
@@ -80,9 +93,11 @@ class Job:
     sequence_parallel: bool = False
     ring_mode: str = "p2p"
     precision: str = "bf16"
+    fp8_layers: float = 1.0
     zero: int = 0
     recompute: Redone = Redone()
     offload_activations: float = 0.0
+    offload_attention: int = 1
     offload_optimizer: float = 0.0
     offload_weights: bool = False
     software: Software = MEGASP
@@ -101,11 +116,14 @@ class Job:
             microbatches=config.num_microbatches(layout),
             sequence_parallel=config.parallel.sequence_parallel,
             ring_mode=split_context(config).ring_mode,
+            precision="fp8" if config.fp8.fp8_format is not None else "bf16",
+            fp8_layers=len(config.fp8.layers(config.model.num_layers)) / config.model.num_layers,
             zero=layout.zero,
             offload_activations=_offloaded(config, stages),
+            offload_attention=config.activations.chunks_on_host,
             offload_optimizer=config.offload.moved_share,
             offload_weights=config.offload.cpu_offloading_weights,
-            recompute=Redone.of(config.activations.recompute, max(len(stage.layers) for stage in stages)),
+            recompute=Redone.of(config.activations, max(len(stage.layers) for stage in stages)),
             software=replace(
                 MEGASP,
                 attention=_attention_kernel(config),
@@ -113,6 +131,11 @@ class Job:
                 accumulate_bytes=14 if config.training.widens_gradients("cuda") else 10,
             ),
         )
+
+    @property
+    def fp8_share(self) -> float:
+        """Share of the layers whose linear layers compute in fp8."""
+        return self.fp8_layers if self.precision == "fp8" else 0.0
 
     @property
     def tokens(self) -> float:

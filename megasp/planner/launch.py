@@ -53,7 +53,9 @@ def script(plan: Plan, request: Request, kind: str, preset: str | None, given: M
     gpus, node = request.gpus, min(request.gpus, request.hardware.node_gpus)
     training = {name: value for name, value in TRAINING.items() if name not in given}
     if "train_samples" in given:
-        del training["train_iters"]
+        training = {name: value for name, value in training.items() if name not in ("train_iters", "lr_warmup_iters")}
+        if "lr_warmup_samples" not in given:
+            training.setdefault("lr_warmup_fraction", 0.02)
     values = training | {"bf16": plan.config.training.bf16} | dict(given) | dict(plan.values)
     flags = (["--model", preset] if preset else []) + flags_of(values)
     lines = _wrapped(flags)

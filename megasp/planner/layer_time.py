@@ -78,14 +78,20 @@ def layer_parts(job: Job, rates: Rates) -> dict[str, Parts]:
         }
     gathered = job.recompute.gathers * rates.collective(groups(job)["tp"], 2.0 * job.tokens * job.model.hidden_size)
     made["I"]["recompute"] = _recompute(job, compute["F"], made["F"]) + gathered
-    if job.offload_activations:
-        kept = 2 * job.tokens * job.model.hidden_size * job.offload_activations
-        for kind in "FI":
-            hidden = rates.host(kept)
-            made[kind]["offload"] = max(0.0, hidden - sum(made[kind].values()))
+    for kind, size in _offloaded(job).items():
+        made[kind]["offload"] = max(0.0, rates.host(size) - sum(made[kind].values()))
     if job.zero == 3:
         _zero3(job, rates, made)
     return made
+
+
+def _offloaded(job: Job) -> Parts:
+    """Bytes to or from the host that compute must hide: a layer's input; and of chunks that read the keys and values of
+    those before them a block for each pair, in the backward with the sums of its gradients in fp32."""
+    stream = 2 * job.tokens * job.model.hidden_size * job.offload_activations
+    blocks = (job.offload_attention + 1) / 2 * (job.offload_attention > 1)
+    block = 2 * job.tokens * _widths(job)[1]
+    return {"F": stream + blocks * block, "I": stream + 3 * blocks * block}
 
 
 def _work(job: Job, rates: Rates, kind: str) -> Work:
@@ -93,6 +99,7 @@ def _work(job: Job, rates: Rates, kind: str) -> Work:
     hidden, mlp = model.hidden_size, model.mlp_size / tp
     queries = model.num_attention_heads / tp * model.head_dim
     qkv = queries + 2 * max(model.kv_heads / tp, 1) * model.head_dim
+    share = job.fp8_share
 
     def product(features_out: float, features_in: float) -> float:
         sizes = {
@@ -100,7 +107,9 @@ def _work(job: Job, rates: Rates, kind: str) -> Work:
             "I": (tokens, features_in, features_out),
             "W": (features_out, features_in, tokens),
         }
-        return rates.matmul(*sizes[kind], job.precision)
+        plain = rates.matmul(*sizes[kind])
+        fp8 = rates.matmul(*sizes[kind], "fp8") if share else 0.0
+        return share * fp8 + (1 - share) * plain
 
     return Work(
         core_attention=_attention(job, rates, kind == "I") if kind != "W" else 0.0,
@@ -143,12 +152,11 @@ def _elementwise_bytes(job: Job, rates: Rates, kind: str) -> float:
     if kind == "I":
         elements *= 1.5  # the gradient comes in besides what was kept
     size = 2 * elements * (1.0 if job.software.fused else rates.fit.unfused)
-    if job.precision == "fp8":  # each operand is read for its scale and its cast, and written twice, once transposed
-        widths = model.hidden_size + queries + model.hidden_size + mlp
-        if kind == "I":
-            widths = queries + 2 * kv + 2 * model.hidden_size + mlp * (2 if model.swiglu else 1)
-        size += 6 * widths
-    return job.tokens * size
+    widths = 2 * model.hidden_size + queries + mlp
+    if kind == "I":
+        widths = queries + 2 * kv + 2 * model.hidden_size + mlp * (2 if model.swiglu else 1)
+    casts = job.software.cast_bytes * job.tokens * widths + job.software.cast_weight_bytes * job.layer_parameters
+    return job.tokens * size + job.fp8_share * casts
 
 
 def _tensor(job: Job, rates: Rates) -> Parts:
@@ -157,7 +165,9 @@ def _tensor(job: Job, rates: Rates) -> Parts:
     size = 2.0 * job.tokens * job.model.hidden_size
     if job.sequence_parallel:
         one = rates.collective(group, size)
-        seconds = {"F": 4 * one, "I": 6 * one}
+        narrow = rates.collective(group, job.software.gather_bytes * size / 2)
+        inputs = job.fp8_share * narrow + (1 - job.fp8_share) * one  # of the two column-parallel layers
+        seconds = {"F": 2 * inputs + 2 * one, "I": 2 * inputs + 4 * one}
     else:
         one = rates.collective(group, size, "reduce")
         seconds = {"F": 2 * one, "I": 2 * one}
@@ -231,5 +241,5 @@ def _zero3(job: Job, rates: Rates, made: dict[str, Parts]) -> None:
         gather, reduce = gather + copy, reduce + copy
     compute = {"F": sum(made["F"].values()), "I": sum(made["I"].values()) + sum(made["W"].values())}
     for kind, seconds in (("F", gather), ("I", gather + reduce)):
-        hidden = min(seconds, compute[kind])
+        hidden = min(seconds, compute[kind]) if group.size > 1 else 0.0  # for one rank nothing is fetched ahead
         made[kind]["zero"] = seconds - hidden + rates.fit.contention * hidden

@@ -34,7 +34,7 @@ def longest(request: Request) -> Plan | None:
         best, low, high = plan, high, 2 * high
         if high * unit > 1 << 28:
             break
-    while high - low > max(1, low // 16):
+    while high - low > max(1, low // 256):
         middle = (low + high) // 2
         plan = _fits(request, middle * unit)
         if plan is None:

@@ -161,5 +161,5 @@ class Floor:
 @cache
 def _layers(model: ModelConfig, sizes: Sizes, activations: ActivationConfig, count: int) -> tuple[int, int]:
     """What the layers of a stage keep of a microbatch, and what the last one's backward takes beside it."""
-    layers = stage_layers(model, sizes, activations.recompute, count, activations.offloaded(count))
+    layers = stage_layers(model, sizes, activations.recompute, [sizes.products] * count, activations.offloaded(count))
     return sum(layer.total for layer in layers), layers[-1].backward - layers[-1].total

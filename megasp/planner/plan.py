@@ -59,6 +59,10 @@ def main(argv: Sequence[str], prog: str) -> int:
         return 0
     _check(options)
     request = Request(config, frozenset(given), options.gpus, hardware.load(options.gpu))
+    if config.fp8.fp8_format is not None and "fp8" not in request.hardware.matmul:
+        raise ConfigError(
+            f"--fp8-format on {request.hardware.name}", "it has no fp8 rate: nothing can be timed", "use --bf16 alone"
+        )
     if options.max_seq_length:
         print("\n".join(longest.report(request)))
         return 0

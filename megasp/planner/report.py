@@ -44,6 +44,8 @@ def options(plan: Plan) -> str:
     words.append(f"recompute {recompute}" if recompute else "no recompute")
     activations = plan.config.activations
     words += [f"MLP in {activations.tiled_mlp} tiles"] * (activations.tiled_mlp > 1)
+    words += [f"sequence in {activations.sequence_chunks} chunks"] * (activations.sequence_chunks > 1)
+    words += [f"one input of {activations.recompute_num_layers} layers"] * ((activations.recompute_num_layers or 1) > 1)
     words += ["activations on the host"] * activations.cpu_offloading_activations
     host = plan.config.offload
     words += ["optimizer on the host"] * (host.optimizer_cpu_offload and not host.cpu_offloading_weights)

@@ -219,6 +219,7 @@ class _Search:
             job.micro_batch,
             job.recompute,
             job.offload_activations,
+            job.offload_attention,
             job.zero,
             job.offload_weights,
         )

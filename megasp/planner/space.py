@@ -34,6 +34,12 @@ RECOMPUTES: tuple[Values, ...] = (
 )
 """From the fastest to the one that keeps least."""
 
+LONGEST: Values = {"recompute_granularity": "full", "tiled_mlp": 64, "cpu_offloading_activations": True}
+"""What keeps least of all, beside `HOST`."""
+
+CHUNK = 16384
+"""Positions of a rank in a chunk of the sequence: as few as hide its copies from and to the host, and some more."""
+
 HOST: tuple[Values, ...] = (
     {"optimizer_cpu_offload": True},
     {"optimizer_cpu_offload": True, "cpu_offloading_weights": True},
@@ -181,7 +187,8 @@ class MemoryOption:
         values: of the configuration.
         layout: with this sharding.
         redone: what is recomputed; None where the request says it.
-        offloaded: share of the layers whose kept activations go to the host; `host`: what else does.
+        offloaded: share of the layers whose kept activations go to the host; `chunks`: of the sequence, whose keys and
+            values do; `host`: what else does.
         thrift: how much recompute and sharding save, each more than a smaller number's.
     """
 
@@ -189,6 +196,7 @@ class MemoryOption:
     layout: Layout
     redone: Redone | None
     offloaded: float
+    chunks: int
     host: HostOffloadConfig
     thrift: tuple[int, int]
 
@@ -201,6 +209,7 @@ class MemoryOption:
             layout=self.layout,
             recompute=again,
             offload_activations=self.offloaded,
+            offload_attention=self.chunks,
             offload_optimizer=self.host.moved_share,
             offload_weights=self.host.cpu_offloading_weights,
         )
@@ -210,7 +219,7 @@ def memory_options(request: Request, layout: Layout) -> list[MemoryOption]:
     """Every recompute and sharding of a layout, those that shard least first."""
     parallel = request.config.parallel
     free = [request.free(name) for name in ("recompute_granularity", "recompute_method", "recompute_modules")]
-    recomputes = RECOMPUTES if all(free) else ({},)
+    recomputes = [*RECOMPUTES, *(_long(request, layout) if request.host else [])] if all(free) else [{}]
     stages: list[str | None] = [*SHARDING]
     if not (request.free("data_parallel_sharding_strategy") and request.free("use_distributed_optimizer")):
         stages = [None]
@@ -219,13 +228,13 @@ def memory_options(request: Request, layout: Layout) -> list[MemoryOption]:
     made = []
     for place, recompute in enumerate(recomputes):
         activations = request.with_values(recompute).activations
-        redone = Redone.of(activations.recompute) if recompute else None
-        offloaded = float(activations.cpu_offloading_activations)
+        redone = Redone.of(activations) if recompute else None
+        offloaded, chunks = float(activations.cpu_offloading_activations), activations.chunks_on_host
 
         def option(values: Values, zero: int, outer: int, saves: int) -> MemoryOption:
             this = dataclasses.replace(layout, zero=zero, dp_outer=outer, dp_inner=layout.dp // outer)
             host = request.with_values(values).offload
-            return MemoryOption(recompute | values, this, redone, offloaded, host, (place, saves))  # noqa: B023
+            return MemoryOption(recompute | values, this, redone, offloaded, chunks, host, (place, saves))  # noqa: B023
 
         for stage in stages:
             zero = parallel.zero_stage if stage is None else SHARDING.index(stage)
@@ -238,6 +247,18 @@ def memory_options(request: Request, layout: Layout) -> list[MemoryOption]:
                 sharded = {"data_parallel_sharding_strategy": SHARDING[zero]}
                 made.append(option(sharded | extra, zero, 1, 2 * len(SHARDING) + more))
     return made
+
+
+def _long(request: Request, layout: Layout) -> list[Values]:
+    """What keeps least of all: more tiles, or chunks of the sequence; then with groups of layers that keep one input,
+    which ask less of the host."""
+    positions = request.config.training.seq_length // (layout.cp * layout.tp)
+    chunks = next((n for n in range(positions // CHUNK, 1, -1) if positions % n == 0), 1)
+    if layout.ring > 1 or chunks == 1:
+        return [LONGEST]
+    away: Values = {"sequence_chunks": chunks, "cpu_offloading_attention": True, "cpu_offloading_activations": True}
+    groups = [{"recompute_granularity": "full", "recompute_num_layers": number} | away for number in (1, 2, 4)]
+    return [LONGEST, *groups]
 
 
 def _instances(request: Request, layout: Layout, zero: int) -> list[tuple[Values, int]]:

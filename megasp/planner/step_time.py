@@ -17,8 +17,12 @@ from megasp.planner.rates import Group, Rates
 OPTIMIZER_BYTES = 34.0
 """Read and written for a parameter: fp32 weight and both moments twice, gradient, bf16 weight, and the norm's read."""
 
-PULLED = 0.5
-"""Share of a host's copies of the optimizer that its step hides, where the optimizer is there."""
+HOST_OPTIMIZER_BYTES = 40.0
+"""The same in the host's memory: the gradient arriving and read, fp32 weight and both moments twice, the weight read
+again, written in bf16 to a pinned buffer, and fetched from there."""
+
+HOST_CLIPPING_BYTES = 12.0
+"""Of a gradient that is on the host: read for the norm, read and written to be clipped."""
 
 
 @dataclass(frozen=True)
@@ -230,13 +234,15 @@ def _of_rank_kinds(job: Job, times: list[StageTime], rank: int) -> Parts:
 
 
 def _optimizer(job: Job, rates: Rates, rank: int) -> float:
-    """AdamW on this rank's share; on the host it is bound by the host's memory and the copies there and back."""
+    """AdamW on this rank's share; on the host it is bound by the memory that a node's GPUs share, or by the copies of
+    gradients there and weights back, which run beside it. Those of weights that are there are the layers' own."""
     shards = groups(job)["shard"].size if job.zero else 1
     share = job.rank_parameters(rank) / shards
     on_device = rates.memory(OPTIMIZER_BYTES * share * (1 - job.offload_optimizer))
     if not job.offload_optimizer:
         return on_device
     share, hardware = share * job.offload_optimizer, rates.hardware
-    host = OPTIMIZER_BYTES * share * min(hardware.node_gpus, job.layout.world_size) / hardware.host_memory_rate
-    copies = rates.host((job.software.gradient_bytes + 2) * share)
-    return on_device + host + copies * (1 - PULLED)
+    size = HOST_OPTIMIZER_BYTES + HOST_CLIPPING_BYTES * job.offload_weights
+    host = size * share * min(hardware.node_gpus, job.layout.world_size) / hardware.host_memory_rate
+    copies = 0.0 if job.offload_weights else rates.host(4.0 * share)  # fp32, each direction on its own
+    return on_device + max(host, copies)

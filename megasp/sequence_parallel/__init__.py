@@ -9,6 +9,7 @@ cuda_kernels  the same on CUDA
 kernels       their names
 parcels       partial results, and tensors in one message
 attend        runs a schedule on the ring axis
+chunks        the same where the owners are chunks of one rank's sequence, one after another
 sparse        any pattern, by a user's mask function, on one ring rank
 ulysses       exchanges sequence for heads around it
 attention     the whole, as the model uses it
@@ -18,14 +19,17 @@ traffic       closed forms of the bytes
 from megasp.sequence_parallel.attend import Kept, attend
 from megasp.sequence_parallel.attention import SequenceAttention
 from megasp.sequence_parallel.blocks import Mask
+from megasp.sequence_parallel.chunks import Chunk, Past
 from megasp.sequence_parallel.sparse import SparseMask, sparse_attend
 from megasp.sequence_parallel.ulysses import UlyssesAttention
 from megasp.sequence_parallel.work import Documents, Work
 
 __all__ = [
+    "Chunk",
     "Documents",
     "Kept",
     "Mask",
+    "Past",
     "SequenceAttention",
     "SparseMask",
     "UlyssesAttention",

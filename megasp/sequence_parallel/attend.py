@@ -16,11 +16,12 @@ from megasp.errors import ConfigError
 from megasp.parallel_state import Axis
 from megasp.sequence_parallel.block_kernels import AttentionDropout, Kernel, Options, VarlenKernel
 from megasp.sequence_parallel.blocks import Block, Mask
+from megasp.sequence_parallel.chunks import Chunk
 from megasp.sequence_parallel.kernels import KERNELS, choose
 from megasp.sequence_parallel.packing import Pack
 from megasp.sequence_parallel.parcels import Partial
-from megasp.sequence_parallel.schedules import DKV, DQ, KV, OUT, Q, Step, Task
-from megasp.sequence_parallel.transport import Key, Transport
+from megasp.sequence_parallel.schedules import DKV, DQ, KV, OUT, Q, Schedule, Step, Task
+from megasp.sequence_parallel.transport import Key, Likes, Own, Transport
 from megasp.sequence_parallel.work import Work
 
 ONE_RANK = Axis("ring")
@@ -37,31 +38,64 @@ class Kept:
         """That of one chunk of the heads, where each is an attention of its own."""
         return self.chunks.setdefault(number, Kept())
 
+    def put(self, out: Tensor, lse: Tensor) -> None:
+        self.result = out, lse
+
+    def take(self, q: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What was put; not a second time."""
+        result, self.result = self.result, None
+        return result
+
 
 @dataclass(frozen=True)
-class _Job:
-    """One attention on this rank."""
+class _OnRing:
+    """A rank of the ring axis, as one of the owners between whom attention runs."""
 
     work: Work
     axis: Axis
+
+    @property
+    def number(self) -> int:
+        return self.axis.rank
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.work.schedule
+
+    @property
+    def whole(self) -> Block | None:
+        return self.work.whole
+
+    def transport(self, own: Own, like: Likes) -> Transport:
+        return Transport(self.axis, own, like)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One attention of an owner's queries: a rank's, or a chunk's."""
+
+    owner: _OnRing | Chunk
     kernel: Kernel
     options: Options
-    kept: Kept | None = None
+    kept: Kept | Chunk | None = None
 
     def heads(self, heads: int, part: int) -> slice:
         """Those of `heads` heads that belong to one part."""
-        each = heads // self.work.schedule.parts
+        each = heads // self.owner.schedule.parts
         return slice(part * each, (part + 1) * each)
 
     def own_keys(self, k: Tensor, v: Tensor) -> dict[Key, tuple[Tensor, ...]]:
-        """This rank's keys and values, by part of the heads."""
-        parts = [self.heads(k.shape[1], part) for part in range(self.work.schedule.parts)]
-        return {(KV, self.axis.rank, part): (k[:, heads], v[:, heads]) for part, heads in enumerate(parts)}
+        """The owner's keys and values, by part of the heads."""
+        parts = [self.heads(k.shape[1], part) for part in range(self.owner.schedule.parts)]
+        return {(KV, self.owner.number, part): (k[:, heads], v[:, heads]) for part, heads in enumerate(parts)}
 
     def tasks(self, transport: Transport, steps: tuple[Step, ...]) -> Iterator[Task]:
-        """This rank's tasks, with each step's messages on their way meanwhile."""
+        """The owner's tasks, with each step's messages on their way meanwhile."""
         for step in transport.steps(steps):
-            yield from (task for task in step.tasks if task.rank == self.axis.rank)
+            yield from (task for task in step.tasks if task.rank == self.owner.number)
+
+    def calls(self, task: Task) -> tuple[Block | Pack, ...]:
+        return self.owner.work.calls(task.q, task.k, isinstance(self.kernel, VarlenKernel))
 
 
 def _index(block: Block, columns: tuple[int, int], heads: slice) -> tuple[slice, slice, slice]:
@@ -71,19 +105,19 @@ def _index(block: Block, columns: tuple[int, int], heads: slice) -> tuple[slice,
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, job: _Job) -> tuple[Tensor, Tensor]:
     """out [B, N, S, H] in q's dtype and lse [B, N, S] of this rank's queries."""
-    work, rank = job.work, job.axis.rank
-    if work.whole is not None:
-        return job.kernel.forward(q, k, v, work.whole, job.options)
+    owner, number = job.owner, job.owner.number
+    if owner.whole is not None:
+        return job.kernel.forward(q, k, v, owner.whole, job.options)
     own, mine = job.own_keys(k, v), Partial(q)
-    like = {KV: own[KV, rank, 0], Q: (q,), OUT: (mine.lse, q)}
-    transport = Transport(job.axis, {**own, (Q, rank, 0): (q,)}, like)
-    transport.outputs[rank] = mine
-    for task in job.tasks(transport, work.schedule.forward):
+    like = {KV: own[KV, number, 0], Q: (q,), OUT: (mine.lse, q)}
+    transport = owner.transport({**own, (Q, number, 0): (q,)}, like)
+    transport.outputs[number] = mine
+    for task in job.tasks(transport, owner.schedule.forward):
         heads = job.heads(q.shape[1], task.part)
         options = job.options.for_heads(heads.start)
         (queries,), (keys, values) = transport.held((Q, task.q, 0)), transport.held((KV, task.k, task.part))
         output = transport.output(task.q, q)
-        for call in work.calls(task.q, task.k, isinstance(job.kernel, VarlenKernel)):
+        for call in job.calls(task):
             if isinstance(call, Pack):
                 tensors, lengths = call.take((queries[:, heads],), (keys, values))
                 out, lse = job.kernel.forward_varlen(*tensors, *lengths, call.causal, options.scale)  # type: ignore[attr-defined]
@@ -101,25 +135,25 @@ def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, job: _Job
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of this rank's shards."""
-    work, rank = job.work, job.axis.rank
-    if work.whole is not None:
-        return job.kernel.backward(dout, q, k, v, out, lse, work.whole, job.options)
+    owner, number = job.owner, job.owner.number
+    if owner.whole is not None:
+        return job.kernel.backward(dout, q, k, v, out, lse, owner.whole, job.options)
     own, queries = job.own_keys(k, v), (lse, q, dout, out)
-    wide_kv = tuple(lse.new_empty(()).expand(x.shape) for x in own[KV, rank, 0])  # shapes and a dtype, no memory
-    like = {KV: own[KV, rank, 0], Q: queries, DKV: wide_kv, DQ: (lse.new_empty(()).expand(q.shape),)}
-    transport = Transport(job.axis, {**own, (Q, rank, 0): queries}, like)
-    for task in job.tasks(transport, work.schedule.backward):
+    wide_kv = tuple(lse.new_empty(()).expand(x.shape) for x in own[KV, number, 0])  # shapes and a dtype, no memory
+    like = {KV: own[KV, number, 0], Q: queries, DKV: wide_kv, DQ: (lse.new_empty(()).expand(q.shape),)}
+    transport = owner.transport({**own, (Q, number, 0): queries}, like)
+    for task in job.tasks(transport, owner.schedule.backward):
         heads = job.heads(q.shape[1], task.part)
         held, keys = transport.held((Q, task.q, 0)), transport.held((KV, task.k, task.part))
         (dq,), dkv = transport.sum((DQ, task.q, 0)).tensors, transport.sum((DKV, task.k, task.part)).tensors
         mine, sums = tuple(x[:, heads] for x in held), (dq[:, heads], *dkv)
-        for call in work.calls(task.q, task.k, isinstance(job.kernel, VarlenKernel)):
+        for call in job.calls(task):
             if isinstance(call, Pack):
                 _backward_pack(mine, keys, sums, call, job)
             else:
                 _backward_block(mine, keys, sums, call, job, job.options.for_heads(heads.start))
-    (dq,) = transport.sum((DQ, rank, 0)).tensors
-    by_part = [transport.sum((DKV, rank, part)).tensors for part in range(work.schedule.parts)]
+    (dq,) = transport.sum((DQ, number, 0)).tensors
+    by_part = [transport.sum((DKV, number, part)).tensors for part in range(owner.schedule.parts)]
     dk, dv = (torch.cat(tensors, 1) if len(by_part) > 1 else tensors[0] for tensors in zip(*by_part, strict=True))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
@@ -156,10 +190,10 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, job: _Job) -> tuple[Tensor, Tensor]:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-        kept = job.kept.result if job.kept is not None else None
+        kept = job.kept.take(q) if job.kept is not None else None
         out, lse = kept or _forward(q, k, v, job)
-        if job.kept is not None:
-            job.kept.result = (out, lse) if kept is None else None
+        if job.kept is not None and kept is None:
+            job.kept.put(out, lse)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.job = job
         ctx.mark_non_differentiable(lse)
@@ -176,7 +210,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    work: Work | None = None,
+    work: Work | Chunk | None = None,
     *,
     axis: Axis = ONE_RANK,
     backend: str = "auto",
@@ -190,7 +224,8 @@ def attend(
     Args:
         q: [S, B, N, H], the positions `work.held[axis.rank]`.
         k, v: [S, B, G, H], the same positions; G divides N.
-        work: what to compute where; attention over the S positions of one rank without it.
+        work: what to compute where; attention over the S positions of one rank without it. Or one chunk of them, which
+            sees those before it too, and says itself what is kept.
         axis: the ring axis; every rank of it calls this with the same `work`.
         backend: a kernel's name, or "auto".
         causal: without `work`, whether position i sees only keys at or before i.
@@ -205,9 +240,11 @@ def attend(
     """
     probability = dropout.probability if dropout is not None else 0.0
     name = choose(backend, q.device.type, q.dtype, probability, q.shape[-1])
-    work = work or Work((((0, q.shape[0]),),), Mask(causal=causal))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not scale > 0:
         raise ConfigError(f"scale {scale}", "kernels multiply scores by a positive number", "multiply q instead")
-    options = Options(scale, dropout)
-    return _Attend.apply(q, k, v, _Job(work, axis, KERNELS[name, q.device.type], options, kept))
+    options, kernel = Options(scale, dropout), KERNELS[name, q.device.type]
+    if isinstance(work, Chunk):
+        return _Attend.apply(q, k, v, _Job(work, kernel, options, work))
+    work = work or Work((((0, q.shape[0]),),), Mask(causal=causal))
+    return _Attend.apply(q, k, v, _Job(_OnRing(work, axis), kernel, options, kept))

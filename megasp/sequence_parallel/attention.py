@@ -7,10 +7,12 @@ from torch import Tensor
 
 from megasp.config.heads import head_chunks
 from megasp.errors import ConfigError
+from megasp.host_copies import Copier
 from megasp.parallel_state import ParallelState
 from megasp.sequence_parallel.attend import Kept, attend
 from megasp.sequence_parallel.block_kernels import AttentionDropout
 from megasp.sequence_parallel.blocks import Mask
+from megasp.sequence_parallel.chunks import Chunk, Past
 from megasp.sequence_parallel.shards import Shards
 from megasp.sequence_parallel.sparse import SparseMask, sparse_attend
 from megasp.sequence_parallel.ulysses import UlyssesAttention
@@ -36,6 +38,9 @@ class SequenceAttention:
         mask: window and sinks.
         chunks: groups of heads that Ulysses exchanges one after another.
         sparse: what a query sees, instead of what is before it; with a ring of one rank.
+        sequence_chunks: chunks of the sequence that are attended to one after another (`Chunk`); with a ring of one
+            rank, and shards that are made for them (`ShardMap.chunked`).
+        copies: how keys and values of chunks get to the host; without it they stay on the device.
 
     Raises:
         ConfigError: a sparse mask with a ring, a window or a kernel of its own.
@@ -50,8 +55,12 @@ class SequenceAttention:
         mask: Mask = Mask(),  # noqa: B008 (frozen)
         chunks: int = 1,
         sparse: SparseMask | None = None,
+        sequence_chunks: int = 1,
+        copies: Copier | None = None,
     ) -> None:
         assert shards is not None or state.ring.size == 1, "a ring needs to know who holds what"
+        assert sequence_chunks == 1 or state.ring.size == 1, "a ring's ranks hold other positions"
+        self.sequence_chunks, self.copies = sequence_chunks, copies
         self.state, self.shards, self.comm, self.mask = state, shards, comm, mask
         self.sparse = sparse
         local = partial(attend, axis=state.ring, backend=backend) if sparse is None else sparse_attend
@@ -77,17 +86,25 @@ class SequenceAttention:
 
     def _work(self, length: int, heads: int, kv_heads: int, documents: Documents | None = None) -> Work:
         ulysses = self.state.ulysses
+        if self.sequence_chunks > 1:
+            each = length * ulysses.size // self.sequence_chunks
+            chunks = (((number * each, (number + 1) * each),) for number in range(self.sequence_chunks))
+            return Work(tuple(chunks), self.mask, documents)
         held = (self.shards or ShardMap.contiguous(length * ulysses.size, ulysses.size)).of(documents)
         mine = heads, kv_heads, ulysses.size, ulysses.rank, self.attention.chunks
         parts = head_parts(*mine) if self.comm == "all_gather" else 1
         return Work(held.by_ring(ulysses.size), self.mask, documents, self.comm, parts)
+
+    def past(self) -> Past:
+        """Where the chunks of one layer's sequence leave what those after them see."""
+        return Past(self.copies)
 
     def __call__(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        work: Work | None = None,
+        work: Work | Chunk | None = None,
         dropout: AttentionDropout | None = None,
         kept: Kept | None = None,
         scale: float | None = None,

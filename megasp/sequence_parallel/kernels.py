@@ -1,7 +1,5 @@
 """The attention kernels by name, which of them this machine has, and which one is meant."""
 
-import importlib.util
-
 import torch
 
 from megasp.config.kernels import ATTENTION_KERNELS, choose_kernel
@@ -25,13 +23,9 @@ def available() -> list[tuple[str, bool, str]]:
     """(name, whether this machine has it, what it is) of every kernel."""
     devices = {"cpu"} | ({"cuda"} if torch.cuda.is_available() else set())
     return [
-        (name, bool(devices & facts.devices.keys()) and _installed(facts.module), facts.description)
+        (name, bool(devices & facts.devices.keys()) and facts.installed, facts.description)
         for name, facts in ATTENTION_KERNELS.items()
     ]
-
-
-def _installed(module: str | None) -> bool:
-    return module is None or importlib.util.find_spec(module) is not None
 
 
 def choose(backend: str, device_type: str, dtype: torch.dtype, dropout: float = 0.0, head_dim: int = 64) -> str:
@@ -44,11 +38,5 @@ def choose(backend: str, device_type: str, dtype: torch.dtype, dropout: float = 
     name, reasons = choose_kernel(backend, device_type, dtype_name, dropout, head_dim)
     if name is None:
         raise ConfigError(f"--attention-backend {backend}", reasons, "use --attention-backend auto")
-    facts = ATTENTION_KERNELS[name]
-    if not _installed(facts.module):
-        raise ConfigError(
-            f"--attention-backend {backend}",
-            f"{facts.description} is not installed here (module {facts.module})",
-            "install it, or use --attention-backend auto",
-        )
+    ATTENTION_KERNELS[name].require(f"--attention-backend {backend}")
     return name

@@ -18,10 +18,15 @@ class Parcel:
     @classmethod
     def empty(cls, like: Sequence[Tensor]) -> "Parcel":
         """Contiguous tensors of the shapes and dtypes of `like`."""
+        size = sum(x.numel() * x.itemsize for x in like)
+        return cls.over(torch.empty(size, dtype=torch.uint8, device=like[0].device), like)
+
+    @classmethod
+    def over(cls, buffer: Tensor, like: Sequence[Tensor]) -> "Parcel":
+        """The same in a buffer that is there."""
         # Wide dtypes come first: a view of bytes must begin at a multiple of its own item size.
         assert all(x.itemsize >= y.itemsize for x, y in pairwise(like))
         sizes = [x.numel() * x.itemsize for x in like]
-        buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=like[0].device)
         return cls(
             buffer, tuple(part.view(x.dtype).view(x.shape) for part, x in zip(buffer.split(sizes), like, strict=True))
         )

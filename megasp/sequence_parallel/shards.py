@@ -42,14 +42,27 @@ class Shards(Protocol):
         """The positions of each rank in a microbatch with these documents; None where they are not told apart."""
 
 
-def shards(seq_length: int, ring: int, ulysses: int, comm: str = "p2p", mask: Mask = Mask()) -> Shards:  # noqa: B008
+def shards(
+    seq_length: int,
+    ring: int,
+    ulysses: int,
+    comm: str = "p2p",
+    mask: Mask = Mask(),  # noqa: B008
+    chunks: int = 1,
+    split: int = 1,
+) -> Shards:
     """The shards of a run.
 
     Args:
         seq_length: tokens of a sample; ring * ulysses must divide it.
         comm: how the ring's ranks exchange.
         mask: window and sinks.
+        chunks: of the sequence that layers compute one after another, with a ring of one rank.
+        split: tensor-parallel ranks that share a rank's part of the residual stream.
     """
+    if chunks > 1:
+        assert ring == 1
+        return ShardMap.chunked(seq_length, ulysses, chunks, split)
     if ring == 1:
         return ShardMap.contiguous(seq_length, ring * ulysses)
     return DocumentShards(seq_length, ring, ulysses, comm, mask)

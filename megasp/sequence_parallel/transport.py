@@ -12,6 +12,10 @@ from megasp.sequence_parallel.schedules import DKV, DQ, OUT, Message, Step
 Key = tuple[str, int, int]
 """(what, owner, part of the heads)."""
 
+Own = dict[Key, tuple[Tensor, ...]]
+Likes = dict[str, tuple[Tensor, ...]]
+"""What -> tensors of the shapes and dtypes of such a message."""
+
 
 class Transport:
     """One direction of an attention on this rank: what it holds and sends, by key.
@@ -21,7 +25,7 @@ class Transport:
         like: what -> tensors of the shapes and dtypes of such a message; all shards are of one size.
     """
 
-    def __init__(self, axis: Axis, own: dict[Key, tuple[Tensor, ...]], like: dict[str, tuple[Tensor, ...]]) -> None:
+    def __init__(self, axis: Axis, own: Own, like: Likes) -> None:
         self.axis, self.own, self.like = axis, own, like
         self.arrived: dict[Key, Parcel] = {}
         self.outputs: dict[int, Partial] = {}

@@ -1,12 +1,13 @@
 """What the attention of one microbatch is made of: the blocks between ring ranks, and the schedule that brings them."""
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 
 from megasp.sequence_parallel.blocks import ANTICAUSAL, Block, Mask, blocks
 from megasp.sequence_parallel.packing import Pack, packed
-from megasp.sequence_parallel.schedules import SCHEDULES, Task
+from megasp.sequence_parallel.schedules import SCHEDULES, Schedule, Task
 from megasp.shard_map import Ranges
 
 Documents = Sequence[np.ndarray]
@@ -38,10 +39,19 @@ class Work:
             self._rows = list(enumerate([list(map(int, starts)) for starts in documents]))
         self._blocks: dict[tuple[int, int], tuple[Block, ...]] = {}
         self._packed: dict[tuple[int, int], tuple[Block | Pack, ...]] = {}
-        ranks = range(len(held))
+        self._comm, self._parts = comm, parts
+
+    @cached_property
+    def _pairs(self) -> dict[tuple[int, int], int]:
+        """(owner of queries, owner of keys) -> (query, key) pairs, where there are some."""
+        ranks = range(len(self.held))
         counts = {(q, k): sum(block.pairs for block in self._between(q, k)) for q in ranks for k in ranks}
-        self._pairs = {owners: count for owners, count in counts.items() if count}
-        self.schedule = SCHEDULES[comm](len(held), self._pairs, parts)
+        return {owners: count for owners, count in counts.items() if count}
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Who computes them when, and what travels, where the owners are ranks."""
+        return SCHEDULES[self._comm](len(self.held), self._pairs, self._parts)
 
     @property
     def documents(self) -> list[Sequence[int]] | None:

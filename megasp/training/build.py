@@ -1,15 +1,21 @@
 """Builds what a run trains, in one visible order: stages, master weights and gradient sync, pipeline, optimizer."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 
 from megasp.config.context_parallel import split_context
+from megasp.config.kernels import NORM_KERNELS, OPTIMIZER_KERNELS
 from megasp.config.schema import Config
 from megasp.config.stages import split
+from megasp.config.tiles import head_bytes, mlp_tiles
 from megasp.data_parallel import Replicas, WeightShards
-from megasp.model import Factory, GPTModel
+from megasp.data_parallel.replicas import master_dtype
+from megasp.host_copies import copier
+from megasp.model import Factory, GPTModel, fp8
+from megasp.model.norm_kernels import NORMS
 from megasp.parallel_state import ParallelState
 from megasp.pipeline.executor import Pipeline
 from megasp.pipeline.schedules import placement
@@ -32,6 +38,8 @@ class Training:
     optimizer: MasterOptimizer
     loss_scale: LossScale
     attention_kernel: str
+    norm_kernel: str
+    optimizer_kernel: str
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,11 +62,12 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
         dtype: compute dtype; as the configuration says without it.
     """
     dtype = dtype or getattr(torch, config.training.compute_dtype)
+    if config.fp8.fp8_format is not None:
+        fp8.check_device(state.device)
     kernel = attention_kernel(config, state.device, dtype)
-    context = split_context(config)
-    mask = Mask(config.model.window_size, config.model.attention_sinks)
-    held = shards(config.training.seq_length, state.ring.size, state.ulysses.size, context.ring_mode, mask)
-    chunks, plan = config.parallel.ulysses_head_chunks, config.pipeline
+    norms, stepper = other_kernels(config, state.device, dtype)
+    held, attend = _attention(config, state, kernel)
+    activations, plan = config.activations, config.pipeline
     zero, weights_on_host = config.parallel.zero_stage, config.offload.cpu_offloading_weights
     shares_out = zero > 0 and (state.axes["dp_cp"].size > 1 or weights_on_host)
     factory = Factory(state.device, dtype, config.training.seed)
@@ -71,10 +80,13 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
             first=stage.first,
             last=stage.last,
             sequence_parallel=config.parallel.sequence_parallel,
-            attend=SequenceAttention(state, held, kernel, context.ring_mode, mask, chunks),
-            recompute=config.activations.recompute,
-            tiled_mlp=config.activations.tiled_mlp,
-            offloaded_layers=config.activations.offloaded(len(stage.layers)),
+            attend=attend,
+            recompute=activations.recompute,
+            tiled_mlp=mlp_tiles(config, state.layout),
+            head_bytes=head_bytes(config),
+            norms=NORMS[norms],
+            offloaded_layers=activations.offloaded(len(stage.layers)),
+            products=partial(fp8.products, config.fp8, layers=config.model.num_layers),
             factory=replace(factory, device="meta") if shares_out else factory,
         )
         for stage in split(config)
@@ -92,9 +104,21 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
     else:
         replicas = Replicas(model, state.gradients, gradient_dtype, widen, config.offload.optimizer_share)
     pipeline = Pipeline(plan, stages, state, replicas.begin_microbatch, dtype)
-    optimizer = MasterOptimizer(replicas.masters, config.optimizer, config.offload.optimizer_share)
+    optimizer = MasterOptimizer(replicas.masters, config.optimizer, config.offload.optimizer_share, stepper)
     loss_scale = LossScale.of(config)
-    return Training(config, state, held, model, pipeline, replicas, optimizer, loss_scale, kernel)
+    return Training(config, state, held, model, pipeline, replicas, optimizer, loss_scale, kernel, norms, stepper)
+
+
+def _attention(config: Config, state: ParallelState, kernel: str) -> tuple[Shards, SequenceAttention]:
+    """Who holds which positions, and attention over them."""
+    context, parallel, activations = split_context(config), config.parallel, config.activations
+    mask, chunks = Mask(config.model.window_size, config.model.attention_sinks), activations.sequence_chunks
+    split_over = state.tp.size if parallel.sequence_parallel else 1
+    sizes = config.training.seq_length, state.ring.size, state.ulysses.size
+    held = shards(*sizes, context.ring_mode, mask, chunks, split_over)
+    copies = copier(state.device) if activations.cpu_offloading_attention else None
+    options = context.ring_mode, mask, parallel.ulysses_head_chunks
+    return held, SequenceAttention(state, held, kernel, *options, sequence_chunks=chunks, copies=copies)
 
 
 def attention_kernel(config: Config, device: torch.device, dtype: torch.dtype) -> str:
@@ -106,3 +130,16 @@ def attention_kernel(config: Config, device: torch.device, dtype: torch.dtype) -
     model = config.model
     backend = config.training.attention_backend
     return kernels.choose(backend, device.type, dtype, model.attention_dropout, model.head_dim)
+
+
+def other_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The kernels that --norm-backend and --optimizer-backend mean on this machine.
+
+    Raises:
+        ConfigError: one cannot serve this, or is not installed.
+    """
+    compute, masters = (str(each).removeprefix("torch.") for each in (dtype, master_dtype(dtype)))
+    norm, optimizer = config.kernels.chosen(device.type, compute, masters)
+    NORM_KERNELS[norm].require(f"--norm-backend {norm}")
+    OPTIMIZER_KERNELS[optimizer].require(f"--optimizer-backend {optimizer}")
+    return norm, optimizer

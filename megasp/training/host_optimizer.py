@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megasp.config.schema import OptimizerConfig
 from megasp.data_parallel import master_dtype, on_host
-from megasp.model.offload import copier
+from megasp.host_copies import copier
 from megasp.training.optimizer import build_optimizer
 
 BUCKET_ELEMENTS = 16 * 2**20
@@ -33,6 +33,7 @@ class MasterOptimizer:
         weights: what gradients are left on, each with its `pieces`.
         host_share: share of their elements whose masters and moments are on the host, as `on_host` chooses them. Other
             weights are their own masters.
+        kernel: of the step on the device, as `build_optimizer` takes it; on the host it is PyTorch's.
 
     Attributes:
         masters: what is stepped and saved, in the order of `weights`: fp32 or wider, each with its `pieces`.
@@ -40,14 +41,20 @@ class MasterOptimizer:
         state: master -> its moments, in place from the start; as in `torch.optim.Optimizer`.
     """
 
-    def __init__(self, weights: Sequence[nn.Parameter], config: OptimizerConfig, host_share: float = 0.0) -> None:
+    def __init__(
+        self,
+        weights: Sequence[nn.Parameter],
+        config: OptimizerConfig,
+        host_share: float = 0.0,
+        kernel: str = "torch",
+    ) -> None:
         away = on_host(weights, host_share)
         self.masters = [_host_copy(w) if there else w for w, there in zip(weights, away, strict=True)]
         pairs = zip(weights, self.masters, strict=True)
         self._buckets = list(_buckets([pair for pair, there in zip(pairs, away, strict=True) if there]))
         here = [master for master, there in zip(self.masters, away, strict=True) if not there]
-        steps = [here, *([master for _, master in bucket] for bucket in self._buckets)]
-        self.parts = [build_optimizer(masters, config) for masters in steps]
+        steps = [[master for _, master in bucket] for bucket in self._buckets]
+        self.parts = [build_optimizer(here, config, kernel), *(build_optimizer(masters, config) for masters in steps)]
         self.state: dict[Tensor, dict[str, Any]] = {p: kept for part in self.parts for p, kept in part.state.items()}
         device = weights[0].device if self._buckets else torch.device("cpu")
         self._to_host, self._to_device = copier(device), copier(device)  # one for each direction

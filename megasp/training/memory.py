@@ -14,8 +14,10 @@ from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.config.stages import Stage, split
+from megasp.config.tiles import head_bytes, mlp_tiles
 from megasp.data_parallel.memory import StateBytes, state_bytes
 from megasp.errors import ConfigError
+from megasp.model import fp8
 from megasp.model import memory as model_memory
 from megasp.model.memory import Sizes
 from megasp.pipeline.memory import Peak, StageBytes, peak
@@ -126,6 +128,7 @@ def account(
     fullest = peak(steps, pipeline_rank, stages, sizes.rows * model.hidden_size * sizes.item)
     live = Counter(fullest.live) + Counter([fullest.action.stage] * (fullest.action.kind == "F"))
     activations = sum(count * sum(piece.host for piece in stages[number].pieces) for number, count in live.items())
+    activations += max(piece.host_working for stage in stages.values() for piece in stage.pieces)
     host = states.host | ({"activations": activations} if activations else {})
     if share:
         matrices = [model_memory.largest_matrix(model, layout.tp), *(n for end in ends.values() for n in end.values())]
@@ -149,7 +152,9 @@ def check_host_memory(config: Config, layout: Layout, ranks: int, memory: int) -
     Raises:
         ConfigError: they need more.
     """
-    if not (config.offload.optimizer_cpu_offload or config.activations.cpu_offloading_activations):
+    activations = config.activations
+    kept_there = activations.cpu_offloading_activations or activations.cpu_offloading_attention
+    if not (config.offload.optimizer_cpu_offload or kept_there):
         return
     fullest = max((account(config, layout, rank) for rank in range(layout.pp)), key=lambda each: each.on_host)
     if ranks * fullest.on_host > memory:
@@ -163,7 +168,7 @@ def check_host_memory(config: Config, layout: Layout, ranks: int, memory: int) -
 
 
 def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
-    """The sizes of one microbatch on a rank."""
+    """The sizes of one microbatch on a rank, in the layers that compute in fp8 where some do."""
     model, training, context = config.model, config.training, split_context(config)
     tokens = training.micro_batch_size * training.seq_length // layout.cp
     heads, kv_heads = (max(1, count // layout.tp) for count in (model.num_attention_heads, model.kv_heads))
@@ -185,7 +190,7 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
         unfused=kernel == "unfused" or (kernel is None and dropout > 0),
         dropout=dropout > 0,
     )
-    sequence_parallel = config.parallel.sequence_parallel and layout.tp > 1
+    activations, in_fp8 = config.activations, config.fp8.layers(model.num_layers)
     gradient = 4 if training.widens_gradients(device) else item
     return Sizes(
         tokens,
@@ -194,9 +199,14 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
         gradient,
         4 if training.fp16 else gradient,
         layout.tp,
-        sequence_parallel,
+        config.parallel.sequence_parallel and layout.tp > 1,
         attention,
-        config.activations.tiled_mlp,
+        mlp_tiles(config, layout),
+        activations.sequence_chunks,
+        activations.cpu_offloading_attention,
+        head_bytes(config),
+        fp8.products(config.fp8, in_fp8.start, model.num_layers),
+        config.kernels.norm(device, training.compute_dtype)[0] not in (None, "unfused"),
     )
 
 
@@ -204,14 +214,15 @@ def _stage(config: Config, sizes: Sizes, stage: Stage, growing: float, reducing:
     """One microbatch through a stage; `growing` is the bytes of a gradient that has no buffer, `reducing` of those of a
     layer that are reduced meanwhile."""
     model = config.model
-    count, activations = len(stage.layers), config.activations
+    activations = config.activations
+    products = [fp8.products(config.fp8, number, model.num_layers) for number in stage.layers]
     layers = model_memory.stage_layers(
-        model, sizes, activations.recompute, count, activations.offloaded(count), stage.first
+        model, sizes, activations.recompute, products, activations.offloaded(len(products)), stage.first
     )
     ends = model_memory.end_parameters(model, sizes.tp, stage.first, stage.last)
     each = model_memory.layer_parameters(model, sizes.tp)
     pieces = [*layers]
-    gradients = [each * len(group) for group, _ in activations.recompute.groups(count)]
+    gradients = [each * len(group) for group, _ in activations.recompute.groups(len(products))]
     if stage.first:
         pieces.insert(0, model_memory.first_footprint(model, sizes))
         gradients.insert(0, ends["embedding"] + ends.get("positions", 0))

@@ -93,6 +93,7 @@ class Metrics:
         read: int,
         seconds: float,
         loss_scale: float | None = None,
+        decoupled_lr: float | None = None,
     ) -> None:
         """Record a finished step.
 
@@ -103,6 +104,7 @@ class Metrics:
             read: tokens that went through the model in this step, from which speed is counted.
             seconds: what the step took.
             loss_scale: that of fp16.
+            decoupled_lr: the rate of embedding and output layer, where they have their own.
         """
         if not self._speaks:
             return
@@ -118,7 +120,7 @@ class Metrics:
             "mfu": mfu(tflops, self._run.peak_tflops),
             "memory_gib": peak_memory_gib(self._run.device),
             "loss_scale": loss_scale,
-        }
+        } | ({} if decoupled_lr is None else {"decoupled_lr": decoupled_lr})
         self._write(record)
         self._to_board(
             step,
@@ -131,6 +133,7 @@ class Metrics:
                 "tokens-per-second": tokens_per_s,
                 "memory-gib": record["memory_gib"],
                 "loss-scale": loss_scale,
+                "decoupled-learning-rate": decoupled_lr,
             },
         )
         steps, past_seconds, past_tokens = self._since_line

@@ -16,10 +16,12 @@ from megasp.config.context_parallel import on_nodes, split_context
 from megasp.config.load import load, parser, to_yaml
 from megasp.config.schema import Config
 from megasp.config.stages import split, table
+from megasp.config.tiles import mlp_tiles
 from megasp.config.validate import validate
 from megasp.data import BlendedDataset, Dataset, Loader
 from megasp.data.phases import Phase, describe
 from megasp.errors import CheckpointError, DataError
+from megasp.model import fp8
 from megasp.model.flops import flops_per_token, parameter_count
 from megasp.pipeline import trace
 from megasp.pipeline.schedules import placement
@@ -35,10 +37,11 @@ from megasp.training.datasets import (
     warn_of_sorted_corpora,
 )
 from megasp.training.devices import peak_tflops
-from megasp.training.learning_rate import learning_rate
+from megasp.training.learning_rate import learning_rates
 from megasp.training.memory import account, check_host_memory
 from megasp.training.memory import table as memory_table
 from megasp.training.metrics import Metrics, Run, peak_memory_gib
+from megasp.training.profile import Profiler, profiler
 from megasp.training.resume import Progress
 from megasp.training.saving import Checkpoints
 from megasp.training.step import StepResult, evaluate, train_step
@@ -121,8 +124,9 @@ def pretrain(training: Training) -> Progress:
         device=state.device,
     )
     saves = Checkpoints(training, phases, start.step)
-    with loader, metrics, stop, saves:
-        return _Loop(training, datasets, saves, loader, metrics, stop).run(start, run.train_steps)
+    profile = profiler(config, state.rank, start.step)
+    with loader, metrics, stop, saves, profile:
+        return _Loop(training, datasets, saves, loader, metrics, stop, profile).run(start, run.train_steps)
 
 
 class _Loop:
@@ -136,21 +140,23 @@ class _Loop:
         loader: Loader,
         metrics: Metrics,
         stop: StopConditions,
+        profile: Profiler,
     ) -> None:
         self.training, self.datasets, self.saves = training, datasets, saves
-        self.loader, self.metrics, self.stop = loader, metrics, stop
+        self.loader, self.metrics, self.stop, self.profile = loader, metrics, stop, profile
         self.skipped = 0
 
     def run(self, progress: Progress, train_steps: int) -> Progress:
         config = self.training.config
         start = progress.step
         while progress.step < train_steps:
-            lr = learning_rate(progress.step, config.optimizer, train_steps)
+            done = config.training.done(progress.step, progress.samples)
+            lr, decoupled_lr = learning_rates(done, config.optimizer, config.training.length)
             began = time.perf_counter()
             microbatches = self.loader.step()
             communication.reset(self.training)
             with trace.recording(self.training.pipeline, self._trace_file(progress.step - start, train_steps - start)):
-                result = train_step(self.training, microbatches, lr)
+                result = train_step(self.training, microbatches, lr, decoupled_lr)
             samples = self.loader.consumed_samples - progress.samples
             progress = Progress(progress.step + 1, self.loader.consumed_samples, progress.tokens + result.tokens)
             self.metrics.step(
@@ -158,6 +164,7 @@ class _Loop:
                 loss=result.loss,
                 grad_norm=result.grad_norm,
                 lr=lr,
+                decoupled_lr=decoupled_lr,
                 tokens=progress.tokens,
                 read=samples * config.training.seq_length,
                 seconds=time.perf_counter() - began,
@@ -178,6 +185,7 @@ class _Loop:
             if reason and not last:
                 log.info(f"stopping after step {progress.step}: {reason}")
                 break
+            self.profile.step()
         self._report_memory()
         _say_what_next(config, progress, train_steps)
         return progress
@@ -260,12 +268,22 @@ def _introduce(training: Training, datasets: Datasets, phases: Sequence[Phase], 
     context = split_context(config)
     if context.reason:
         log.info(f"context parallel {layout.cp}: {context.reason}")
+    if config.activations.activation_tile_mb is not None:
+        log.info(
+            f"--activation-tile-mb {config.activations.activation_tile_mb}: MLPs in {mlp_tiles(config, layout)} tiles"
+        )
     for line in _stage_table(config):
         log.info(line)
     log.info(
         f"model: {parameter_count(model):,} parameters, {model.num_layers} layers, hidden {model.hidden_size}, "
-        f"vocabulary {model.padded_vocab_size}; compute in {dtype}, attention kernel {training.attention_kernel}"
+        f"vocabulary {model.padded_vocab_size}; compute in {dtype}"
     )
+    log.info(
+        f"kernels: attention {training.attention_kernel}, norms {training.norm_kernel}, optimizer "
+        f"{training.optimizer_kernel}"
+    )
+    if config.fp8.fp8_format is not None:
+        log.info(f"fp8: {fp8.describe(config.fp8, model.num_layers, training.state.device)}")
     log.info(
         f"training: steps {start.step + 1} to {steps}, {batch} samples of {config.training.seq_length} tokens a step "
         f"({config.num_microbatches(layout)} microbatches of {config.training.micro_batch_size} "

@@ -30,11 +30,17 @@ class StepResult:
     loss_scale: float
 
 
-def train_step(training: Training, microbatches: Sequence[Batch], lr: float) -> StepResult:
-    """Forward and backward over this rank's microbatches, reduction, clipping, and the optimizer's step."""
+def train_step(
+    training: Training, microbatches: Sequence[Batch], lr: float, decoupled_lr: float | None = None
+) -> StepResult:
+    """Forward and backward over this rank's microbatches, reduction, clipping, and the optimizer's step.
+
+    Args:
+        decoupled_lr: the rate of embedding and output layer, where they have their own.
+    """
     scale = training.loss_scale.scale
     loss, tokens = accumulate_gradients(training, microbatches)
-    return StepResult(loss, apply_gradients(training, lr), tokens, scale)
+    return StepResult(loss, apply_gradients(training, lr, decoupled_lr), tokens, scale)
 
 
 def accumulate_gradients(training: Training, microbatches: Sequence[Batch]) -> tuple[float, int]:
@@ -49,7 +55,7 @@ def accumulate_gradients(training: Training, microbatches: Sequence[Batch]) -> t
     return _mean(training, total, tokens), tokens
 
 
-def apply_gradients(training: Training, lr: float) -> float:
+def apply_gradients(training: Training, lr: float, decoupled_lr: float | None = None) -> float:
     """Take off the loss scale, clip, step, and publish the new weights; return the global norm before clipping.
 
     A gradient that is not finite is not applied: the weights stay as they were, and a dynamic loss scale falls.
@@ -60,7 +66,7 @@ def apply_gradients(training: Training, lr: float) -> float:
     if finite:
         clip_(masters, norm, training.config.optimizer.clip_grad, scale.scale)
         for part in training.optimizer.parts:
-            set_learning_rate(part, lr)
+            set_learning_rate(part, lr, decoupled_lr)
         training.optimizer.step()
     scale.update(overflow=not finite)
     training.replicas.publish()

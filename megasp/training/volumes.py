@@ -75,6 +75,9 @@ class Again:
         groups = [len(group) for group, again in recompute.groups(layers) if again]
         chosen = sum(groups)
         whole = chosen * (recompute.granularity in ("full", "all-but-attention"))
+        if activations.sequence_chunks > 1:  # which keep attention's output, and run all else again
+            groups_again = whole * (recompute.num_layers > 1)
+            return cls(layers + groups_again, layers + groups_again, groups_again, 2 * (layers + groups_again))
         mlp = whole + chosen * recompute.does("mlp") + layers * tiled
         core = chosen * (recompute.granularity == "full" or recompute.does("core_attn"))
         last = layers + whole if tiled else max(0, whole - len(groups))

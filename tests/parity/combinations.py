@@ -118,6 +118,9 @@ HOW: dict[str, Option] = {
     "host": option(
         {}, {"optimizer_cpu_offload": True}, {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5},
         {"optimizer_cpu_offload": True, "cpu_offloading_weights": True}),
+    "chunks": option(
+        {}, {"sequence_chunks": 2}, {"sequence_chunks": 4},
+        {"sequence_chunks": 2, "cpu_offloading_activations": True, "cpu_offloading_attention": True}),
 }  # fmt: skip
 """How it is trained: all that must not change it."""
 

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from tests.parity.combinations import Seen, check, drawn
+from megasp.config.layout import Layout
+from tests.parity.combinations import Combination, Seen, check, drawn
 
 FULL = os.environ.get("MEGASP_FULL_MATRIX") == "1"
 SEEDS = range(600 if FULL else 32)
@@ -26,3 +27,11 @@ def test_many_were_trained_and_some_refused() -> None:
     refused = sum(seen.refused.values())
     print(f"{seen.trained} combinations trained, {refused} refused by {len(seen.refused)} rules")
     assert seen.trained >= len(SEEDS) / 3 and refused
+
+
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_what_trains_otherwise_is_seen(precision: str) -> None:
+    """An option that does change the function."""
+    what = {"position_embedding_type": "rope", "global_batch_size": 4, "seq_length": 24}
+    with pytest.raises(AssertionError, match="differs"):
+        check(Combination(Layout(), precision, what, {"rotary_base": 2.0, "qk_layernorm": True}, {}), Seen())

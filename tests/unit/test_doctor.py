@@ -27,7 +27,15 @@ def find(findings: Any, name: str) -> doctor.Finding:
 def test_report(said: list[str]) -> None:
     assert doctor.run(doctor.Options()) == 0
     report = "\n".join(said)
-    for title in ("Software", "Devices", "Attention kernels", "Optional packages", "Network", "System"):
+    for title in (
+        "Software",
+        "Devices",
+        "Attention kernels",
+        "Norms, optimizer, linear layers",
+        "Optional packages",
+        "Network",
+        "System",
+    ):
         assert title in said
     for word in (torch.__version__, "gloo", "auto, cpu bf16", "host name", "GLOO_SOCKET_IFNAME", "open files"):
         assert word in report
@@ -66,7 +74,9 @@ def test_apex_of_pypi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: spec)
     assert "pip uninstall apex" in find(doctor.packages(), "apex").advice
     (tmp_path / "optimizers").mkdir()
-    assert find(doctor.packages(), "apex") == doctor.Finding("apex", "0.1 (not used by this version)")
+    assert find(doctor.packages(), "apex") == doctor.Finding(
+        "apex", "0.1 (--norm-backend and --optimizer-backend apex)"
+    )
 
 
 def test_host_name(monkeypatch: pytest.MonkeyPatch) -> None:

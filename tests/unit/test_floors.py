@@ -13,6 +13,7 @@ FLOORS = [
     ["megasp.errors", "megasp.config", "megasp.log", "megasp"],
     ["megasp.process_group"],
     ["megasp.parameters", "megasp.parallel_state", "megasp.shard_map", "megasp.footprint", "megasp.data"],
+    ["megasp.host_copies"],
     ["megasp.pipeline.schedules", "megasp.pipeline.simulate"],
     ["megasp.collectives", "megasp.local_ranks"],
     ["megasp.model.init", "megasp.model.layers", "megasp.model.loss", "megasp.sequence_parallel"],

@@ -26,6 +26,7 @@ GPT2 = SMALL | {
 }  # fmt: skip
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 SP = {TP: 2, "sequence_parallel": True}
+FP8 = {"fp8_format": "hybrid"}
 SELECTIVE = {"recompute_granularity": "selective"}
 
 HOST = {"optimizer_cpu_offload": True}
@@ -56,6 +57,11 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "ulysses": ({"ulysses_size": 4}, 4),
     "ring": ({"ring_size": 4}, 4),
     "ring-tiled-full": ({"ring_size": 4, "tiled_mlp": 8, "recompute_granularity": "full"}, 4),
+    "tiles-by-budget": (SP | {"activation_tile_mb": 1}, 2),
+    "chunks": ({"sequence_chunks": 4}, 1),
+    "chunks-fp32": ({"sequence_chunks": 2, "bf16": False}, 1),
+    "chunks-full": (SP | {"sequence_chunks": 8, "recompute_granularity": "full"}, 2),
+    "chunks-tiles": ({"sequence_chunks": 4, "tiled_mlp": 16, "ulysses_size": 2}, 2),
     "u-r-tp": ({"ulysses_size": 2, "ring_size": 2} | SP, 8),
     "zero1": ({"data_parallel_sharding_strategy": "optim", "global_batch_size": 4}, 2),
     "zero2": ({"data_parallel_sharding_strategy": "optim_grads", "global_batch_size": 4}, 2),
@@ -71,6 +77,14 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "1f1b": ({PP: 2, "global_batch_size": 4}, 2),
     "interleaved": ({PP: 2, "global_batch_size": 4, "num_virtual_stages_per_pipeline_rank": 2}, 2),
     "zb-h1": ({PP: 2, "global_batch_size": 4, "pipeline_schedule": "zb-h1"}, 2),
+    "fp8": (FP8, 1),
+    "fp8-sp": (FP8 | SP | {"first_last_layers_bf16": True}, 2),
+    "fp8-tp": (FP8 | {TP: 2}, 2),
+    "fp8-rowwise": (FP8 | SP | {"fp8_recipe": "rowwise"}, 2),
+    "fp8-remade": (FP8 | SP | SELECTIVE | {"recompute_modules": ("layernorm", "mlp_act")}, 2),
+    "fp8-tiled": (FP8 | {"tiled_mlp": 8}, 1),
+    "fp8-zero3": (FP8 | {"data_parallel_sharding_strategy": "optim_grads_params", "global_batch_size": 4}, 2),
+    "fp8-zb-h1": (FP8 | {PP: 2, "global_batch_size": 4, "pipeline_schedule": "zb-h1"}, 2),
     "zbv": ({PP: 2, "global_batch_size": 4, "pipeline_schedule": "zbv"}, 2),
 }
 
@@ -92,6 +106,27 @@ def test_account_is_the_count(name: str) -> None:
         assert sum(size for _, size in expected.rows()) == expected.total
         kept = sum(size for name, size in expected.host.items() if name in ("master weights", "optimizer states"))
         assert kept == pytest.approx(counted.host, rel=0.06), expected.host
+
+
+AWAY = {"cpu_offloading_activations": True}
+CHUNKS = {"sequence_chunks": 8, "cpu_offloading_attention": True}
+ON_HOST: dict[str, tuple[dict[str, Any], int]] = {
+    "activations": (AWAY, 1),
+    "activations-full": (AWAY | {"recompute_granularity": "full"}, 1),
+    "chunks": (CHUNKS, 1),
+    "chunks-full": (AWAY | CHUNKS | {"recompute_granularity": "full", "ulysses_size": 2}, 2),
+    "chunks-both": (AWAY | CHUNKS | {"sequence_chunks": 4}, 1),
+}
+
+
+@pytest.mark.parametrize("name", ON_HOST)
+def test_account_of_the_host(name: str) -> None:
+    given, world = ON_HOST[name]
+    config = from_values(SMALL | given)
+    layout = validate(config, world, "cuda")
+    expected, counted = account(config, layout), dry_run.count(config, layout)
+    assert expected.total == pytest.approx(counted.peak, rel=0.03), expected.rows()
+    assert expected.on_host == pytest.approx(counted.host_passes, rel=0.03)
 
 
 def test_zero_shares_states_out() -> None:

@@ -43,6 +43,8 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+?)\.(?!\d)(.+)")
 """Key of a tensor of the optimizer: its kind, and the key of its weight."""
+_NORM = re.compile(r"norm\.weight$")
+"""A canonical norm's weight."""
 _BUCKETS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\..*\.(bucket_idx_|param_state)")
 """Of an optimizer that is stored as its ranks' buffers lie in memory."""
 
@@ -87,7 +89,8 @@ def from_megatron(
     args = _args(stored, directory, given)
     embedding = stored.sources.get(EMBEDDING)
     config, notes = config_of(args, given, embedding.shape[0] if embedding else 0)
-    entries = _entries(directory, stored, config.model, optimizer)
+    centered = bool(args.get("apply_layernorm_1p"))
+    entries = _entries(directory, stored, config.model, optimizer, centered)
     step = stored.common.get("iteration") or args.get("iteration") or 0
     consumed = args.get("consumed_train_samples") if samples is None else samples
     if not isinstance(consumed, int) or not isinstance(step, int):
@@ -139,8 +142,12 @@ def _args(stored: Stored, directory: Path, given: Mapping[str, Any]) -> dict[str
     return {}
 
 
-def _entries(directory: Path, stored: Stored, model: ModelConfig, optimizer: bool) -> list[Entry]:
-    """Every tensor to write."""
+def _entries(directory: Path, stored: Stored, model: ModelConfig, optimizer: bool, centered: bool) -> list[Entry]:
+    """Every tensor to write.
+
+    Args:
+        centered: norms compute x * (1 + w) there, and x * w here: their weights are one more, and the moments the same.
+    """
     kinds = _by_kind(stored)
     moments = [kind for kind in MOMENTS if optimizer and kind in kinds]
     if optimizer:
@@ -151,7 +158,8 @@ def _entries(directory: Path, stored: Stored, model: ModelConfig, optimizer: boo
     entries = []
     for kind, theirs in (("model", weights), *zip(moments, moments, strict=True)):
         for name, shape in shapes.items():
-            entries.append(_entry(directory, kind, name, shape, kinds[theirs], model))
+            entry = _entry(directory, kind, name, shape, kinds[theirs], model)
+            entries.append(_plus_one(entry) if centered and kind == "model" and _NORM.search(name) else entry)
         used.update(find(name, kinds[theirs])[0] for name in shapes)
     extra = unknown(kinds["weights"], used)
     if extra:
@@ -216,6 +224,11 @@ def _entry(
         raise CheckpointError(f"{what} in {directory} is {source.dtype}", rule, "save it without fp8 and the like")
     dtype = source.dtype if kind == "model" else torch.float32  # widened at most
     return Entry(f"{kind}/{name}", dtype, shape, partial(source.rows, ranges, dtype))
+
+
+def _plus_one(entry: Entry) -> Entry:
+    """Its values plus one, in fp32: near one the narrow dtypes are coarser than near zero."""
+    return Entry(entry.key, torch.float32, entry.shape, lambda: entry.read().float() + 1)
 
 
 def _steps(common: Mapping[str, Any], iteration: int) -> int:

@@ -230,6 +230,16 @@ def _common(**args: Any) -> Change:
     return change
 
 
+def test_norms_around_zero(written: Written, converted: Callable[[str], Converted], tmp_path: Path) -> None:
+    """--apply-layernorm-1p: their norm multiplies by 1 + w, ours by w; moments are those of both."""
+    copy = shutil.copytree(written.root / "gpt2-pp2", tmp_path / "theirs")
+    _common(apply_layernorm_1p=True)(next(copy.glob("iter_*")))
+    found, plain = tensors(from_megatron(copy, tmp_path / "ours")), tensors(converted("gpt2-pp2"))
+    norms = {name for name in plain if name.startswith("model/") and name.endswith("norm.weight")}
+    assert len(norms) == 5 and found.keys() == plain.keys()
+    assert all(torch.equal(found[name], tensor + (name in norms)) for name, tensor in plain.items())
+
+
 def _no_args(directory: Path) -> None:
     torch.save({"iteration": 2}, directory / "common.pt")
 

@@ -6,6 +6,7 @@ import pytest
 
 from megasp.config.load import from_values
 from megasp.config.recompute import Recompute
+from megasp.config.tiles import mlp_tiles
 from megasp.config.validate import validate
 from megasp.errors import ConfigError
 from tests.unit.config.test_validate import BASE, PP, TP
@@ -37,6 +38,12 @@ DISTRIBUTED = {"distribute_saved_activations": True, "recompute_granularity": "f
         ({"tiled_mlp": 33}, "--tiled-mlp 33 on 32 positions"),
         ({"tiled_mlp": 2, "recompute_granularity": "selective", "recompute_modules": ("mlp",)}, "keeps its input"),
         ({"tiled_mlp": 2, "pipeline_schedule": "zb-h1", PP: 2}, "put off keep all tiles"),
+        ({"cpu_offloading_attention": True}, "without --sequence-chunks"),
+        ({"cpu_offloading_attention": True, "sequence_chunks": 2}, "--cpu-offloading-attention on a CPU"),
+        ({"sequence_chunks": 2, "ring_size": 2}, "balance their work"),
+        ({"sequence_chunks": 3, "ulysses_size": 2}, "use --sequence-chunks 2 or 4"),
+        ({"sequence_chunks": 2, "recompute_granularity": "all-but-attention"}, "gave as it is"),
+        ({"sequence_chunks": 2, "pipeline_schedule": "zb-h1", PP: 2}, "put off keep all chunks"),
         ({"cpu_offloading_num_layers": 1}, "nothing is offloaded"),
         ({"cpu_offloading_activations": True}, "on a CPU"),
         ({"cpu_offloading_activations": True, "recompute_granularity": "all-but-attention"}, "on the device"),
@@ -44,7 +51,25 @@ DISTRIBUTED = {"distribute_saved_activations": True, "recompute_granularity": "f
 )
 def test_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        validate(from_values(BASE | given), given.get(PP, given.get("ulysses_size", given.get(TP, 1))))
+        world = max(given.get(name, 1) for name in (PP, TP, "ulysses_size", "ring_size"))
+        validate(from_values(BASE | given), world)
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks", "tiles"),
+    [
+        ({}, 1, 1),
+        ({"activation_tile_mb": 8}, 1, 12),  # 8192 tokens x (gate, up, product) x 1024 x 4 bytes = 96 MB
+        ({"activation_tile_mb": 8, "bf16": True}, 1, 6),
+        ({"activation_tile_mb": 8, "tiled_mlp": 5}, 1, 5),
+        ({"activation_tile_mb": 8, "ulysses_size": 2}, 2, 6),
+        ({"activation_tile_mb": 8, TP: 2, "sequence_parallel": True}, 2, 6),
+        ({"activation_tile_mb": 1000}, 1, 1),
+    ],
+)
+def test_tiles_by_a_budget(given: dict[str, Any], ranks: int, tiles: int) -> None:
+    config = from_values(BASE | {"seq_length": 8192, "ffn_hidden_size": 1024, "swiglu": True} | given)
+    assert mlp_tiles(config, validate(config, ranks)) == tiles
 
 
 ZERO3 = {"data_parallel_sharding_strategy": "optim_grads_params"}

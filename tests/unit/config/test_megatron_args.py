@@ -60,6 +60,7 @@ def test_training() -> None:
         "data_path": ["0.3", "a", "0.7", "b"], "seq_length": 128, "train_samples": 1000, "train_iters": 10, "lr": 1,
         "rampup_batch_size": ["8", "8", "100"], "global_batch_size": 32, "fp16": True, "loss_scale_window": 500.0,
         "reset_attention_mask": True, "lr_decay_style": "cosine", "attention_backend": object(), "num_workers": 9,
+        "lr_decay_samples": 900, "lr_warmup_samples": 50,
     }  # fmt: skip
     config, notes = config_of(MODEL | args, {}, 64)
     assert notes == []
@@ -69,18 +70,19 @@ def test_training() -> None:
     assert (training.train_samples, training.train_iters, training.rampup_batch_size) == (1000, None, (8, 8, 100))
     assert training.fp16 and training.attention_backend == "auto"
     assert config.loss_scaling.loss_scale_window == 500 and config.optimizer.lr == 1.0
+    assert config.optimizer.schedule(training.length) == (50, 900, 0)
 
 
 def test_what_is_not_taken_over_is_said() -> None:
     args = {
-        "lr_decay_samples": 1000, "lr_warmup_samples": 0, "weight_decay_incr_style": "constant", "optimizer": "muon",
+        "weight_decay_incr_style": "linear", "optimizer": "muon",
         "tokenizer_type": "Llama3Tokenizer", "bias_gelu_fusion": False,
     }  # fmt: skip
     _, notes = config_of(MODEL | args, {}, 64)
     assert [note.split(" ")[0] for note in notes] == [
-        "lr_decay_samples", "optimizer", "tokenizer_type", "bias_gelu_fusion"
+        "optimizer", "weight_decay_incr_style", "tokenizer_type", "bias_gelu_fusion"
     ]  # fmt: skip
-    assert "lr_decay_samples 1000 is not taken over: give --lr-decay-iters" in notes
+    assert "weight_decay_incr_style linear is not taken over: give a constant --weight-decay" in notes
 
 
 def test_flags_win() -> None:

@@ -68,6 +68,7 @@ def test_translate() -> None:
         ("--transformer-impl=local --lr=1", "--lr=1"),
         ("--use-torch-fsdp2", "--data-parallel-sharding-strategy optim_grads_params"),
         ("--use-distributed-optimizer --overlap-param-gather", "--use-distributed-optimizer"),
+        ("--bf16 --fp8-hybrid --fp8-recipe tensorwise", "--bf16 --fp8-format hybrid --fp8-recipe tensorwise"),
         ("--recompute-activations --bf16", "--recompute-granularity selective --bf16"),
     ],
 )
@@ -79,7 +80,7 @@ def test_translated(given: str, expected: str) -> None:
     ("given", "said"),
     [
         ("--bf16 --init-model-with-meta-device", "--init-model-with-meta-device is not supported: weights are"),
-        ("--fp8-format=hybrid", "--fp8-format is not supported"),
+        ("--fp8-param-gather", "--fp8-param-gather is not supported: with --fp8-format weights are kept"),
         ("--dataloader-type cyclic", "--dataloader-type is cyclic"),
         ("--data-cache-path --bf16", "--data-cache-path: it takes a value"),
         ("--use-flash-attn=true", "--use-flash-attn true: it is a switch"),

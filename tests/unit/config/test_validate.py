@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megasp.config import data_rules, layout_rules, precision_rules
+from megasp.config import data_rules, layout_rules, precision_rules, profile, schedule_rules
 from megasp.config import validate as module
 from megasp.config.layout_rules import nearest
 from megasp.config.load import from_values
@@ -25,6 +25,7 @@ BASE: dict[str, Any] = {
     "position_embedding_type": "rope", "vocab_size": 512, "attention_dropout": 0.0, "hidden_dropout": 0.0,
     "mock_data": True, "train_iters": 10, "lr": 1e-3,
 }  # fmt: skip
+FP8 = {"bf16": True, "fp8_format": "hybrid"}
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 
 
@@ -51,6 +52,7 @@ def numbers(key: str, *values: Any, world: int | None = None) -> dict[str, dict[
     return {str(v): {key: v} | ({"world": v * world} if world else {}) for v in values}
 
 
+PROFILE = {"profile": True, "use_pytorch_profiler": True, "save": "x"}
 HEADS12 = {"num_attention_heads": 12, "hidden_size": 96, "seq_length": 36, "make_vocab_size_divisible_by": 12}
 
 CASES = [
@@ -141,13 +143,27 @@ CASES = [
     Case("warm-up twice", {"lr_warmup_fraction": 0.1, "lr_warmup_iters": 2}, "--lr-warmup-fraction",
          "the same", {"leave one out": {"lr_warmup_iters": 0}}),
     Case("min-lr", {"min_lr": 2e-3}, "min-lr 0.002 and lr 0.001", "at most lr", {"--min-lr": {"min_lr": 1e-3}}),
+    Case("decoupled-lr", {"decoupled_lr": 5e-4, "min_lr": 6e-4}, "min-lr 0.0006 and decoupled-lr 0.0005",
+         "at most decoupled-lr", {"--min-lr": {"min_lr": 5e-4}}),
+    Case("decoupled-min-lr", {"decoupled_lr": 5e-4, "decoupled_min_lr": 6e-4}, "decoupled-min-lr 0.0006 and decoupled-"
+         "lr 0.0005", "at most decoupled-lr", {"--decoupled-min-lr": {"decoupled_min_lr": 5e-4}}),
+    Case("decoupled alone", {"decoupled_min_lr": 6e-4}, "without --decoupled-lr", "would do nothing",
+         {"add --decoupled-lr": {"decoupled_lr": 1e-3}}),
     Case("warm-up init", {"lr_warmup_init": 1.0}, "lr-warmup-init 1.0 and lr 0.001", "at most lr",
          {"--lr-warmup-init": {"lr_warmup_init": 0.0}}),
     Case("warm-up long", {"lr_warmup_iters": 10}, "warm-up of 10 steps and a decay that ends at step 10",
          "must end before", {"shorten": {"lr_warmup_iters": 9}}),
     Case("wsd", {"lr_decay_style": "WSD"}, "WSD", "has a length", {"--lr-wsd-decay-iters": {"lr_wsd_decay_iters": 2}}),
-    Case("wsd long", {"lr_decay_style": "WSD", "lr_warmup_iters": 3, "lr_wsd_decay_iters": 8}, "lr-wsd-decay-iters 8 "
-         "of 7 steps", "lies within them", {"shorten": {"lr_wsd_decay_iters": 7}}),
+    Case("wsd long", {"lr_decay_style": "WSD", "lr_warmup_iters": 3, "lr_wsd_decay_iters": 8}, "of WSD of 8 steps "
+         "of 7 after", "lies within them", {"shorten": {"lr_wsd_decay_iters": 7}}),
+    Case("steps of samples", {"train_iters": None, "train_samples": 10, "lr_warmup_iters": 2},
+         "--lr-warmup-iters 2 with --train-samples", "counts what says how long",
+         {"--lr-warmup-samples": {"lr_warmup_iters": 0, "lr_warmup_samples": 2},
+          "--train-iters": {"train_iters": 5, "train_samples": None}}),
+    Case("samples of steps", {"lr_decay_samples": 8}, "--lr-decay-samples 8 with --train-iters", "else steps",
+         {"--lr-decay-iters": {"lr_decay_iters": 8, "lr_decay_samples": None}}),
+    Case("samples long", {"train_iters": None, "train_samples": 10, "lr_warmup_samples": 10},
+         "warm-up of 10 samples and a decay that ends at sample 10", "end before", {"": {"lr_warmup_samples": 9}}),
     Case("finetune alone", {"finetune": True}, "--finetune without --load", "would do nothing",
          {"add --load": {"load": "x"}, "leave --finetune out": {"finetune": False}}),
     Case("wsd phase alone", {"lr_wsd_decay_iters": 2}, "without --lr-decay-style WSD", "would do nothing",
@@ -213,8 +229,40 @@ CASES = [
          {"add --fp16": {"fp16": True}, "leave --hysteresis out": {"hysteresis": None}}),
     Case("two loss scales", {"fp16": True, "loss_scale": 128.0, "loss_scale_window": 100},
          "--loss-scale with --loss-scale-window", "does not change", {"": {"loss_scale_window": None}}),
+    Case("fp8 without bf16", {"fp8_format": "hybrid"}, "--fp8-format hybrid without --bf16", "bfloat16 activations",
+         {"--bf16": {"bf16": True}}),
+    Case("fp8 recipe alone", {"fp8_recipe": "rowwise"}, "--fp8-recipe without --fp8-format", "do nothing",
+         {"add --fp8-format": FP8, "leave --fp8-recipe out": {"fp8_recipe": None}}),
+    Case("delayed scaling", FP8 | {"fp8_recipe": "delayed"}, "--fp8-recipe delayed", "never from steps before",
+         {"--fp8-recipe tensorwise": {"fp8_recipe": "tensorwise"}}),
+    Case("unknown recipe", FP8 | {"fp8_recipe": "exact"}, "--fp8-recipe exact", "tensorwise, rowwise",
+         {"tensorwise": {"fp8_recipe": "tensorwise"}}),
+    Case("number of bf16 layers alone", FP8 | {"num_layers_at_end_in_bf16": 1}, "--num-layers-at-end-in-bf16 1 without",
+         "do nothing", {"add --first-last-layers-bf16": {"first_last_layers_bf16": True, "num_layers": 3}}),
+    Case("no layer in fp8", FP8 | {"first_last_layers_bf16": True}, "num-layers 2", "no layer for --fp8-format",
+         {"fewer": {"num_layers_at_end_in_bf16": 0}}),
+    Case("fp8 width", FP8 | {"ffn_hidden_size": 200}, "MLP's hidden layer, 200", "a multiple of 16",
+         {"another width": {"ffn_hidden_size": 208}}),
+    Case("fp8 tokens", FP8 | {"seq_length": 8}, "tokens of a microbatch, 8", "a multiple of 16",
+         {"--micro-batch-size": {"micro_batch_size": 2}}),
+    Case("fp8 tiles", FP8 | {"seq_length": 48, "tiled_mlp": 2}, "a tile's tokens, 24", "a multiple of 16",
+         {"--tiled-mlp": {"tiled_mlp": 3}}),
+    Case("norms of a GPU", {"norm_backend": "apex"}, "--norm-backend apex", "runs on cuda, not on cpu",
+         {"auto": {"norm_backend": "auto"}}),
+    Case("optimizer of a GPU", {"optimizer_backend": "transformer-engine"}, "--optimizer-backend transformer-engine",
+         "runs on cuda, not on cpu", {"auto": {"optimizer_backend": "auto"}}),
     Case("smallest loss scale", {"fp16": True, "initial_loss_scale": 2.0, "min_loss_scale": 4.0}, "4 and initial",
          "or above", {"--min-loss-scale 2": {"min_loss_scale": 2.0}}),
+    # Profiling
+    Case("profile alone", {"profile_step_end": 5}, "options of --profile", "do nothing",
+         {"--profile": PROFILE | {"profile_step_end": 15}}),
+    Case("profile of no step", PROFILE | {"profile_step_start": 4, "profile_step_end": 4}, "start 4 and profile-step-"
+         "end 4", "up to the other", {"end later": {"profile_step_end": 5}}),
+    Case("profile of no rank", PROFILE | {"profile_ranks": (0, 2), "world": 2}, "profile-ranks 0 2 of 2 ranks",
+         "are profiled", {"0 to 1": {"profile_ranks": (0, 1)}}),
+    Case("profile to nowhere", {"profile": True, "use_pytorch_profiler": True}, "--use-pytorch-profiler", "files",
+         {"--tensorboard-dir": {"tensorboard_dir": "x"}}),
+    Case("nsys of a CPU", {"profile": True}, "--profile on a CPU", "on a GPU", {"--use-pytorch-profiler": PROFILE}),
     # Kernels
     Case("kernel-dropout", {"attention_backend": "flash", "attention_dropout": 0.1}, "--attention-backend flash",
          "flash: it has no attention dropout", {"--attention-dropout 0": {"attention_dropout": 0.0},
@@ -241,7 +289,10 @@ def test_rule(case: Case) -> None:
         validate(*config(case.given | change))  # what the sentence proposes must pass
 
 
-@pytest.mark.parametrize("rules", [module, data_rules, layout_rules, precision_rules], ids=lambda rules: rules.__name__)
+RULES = [module, data_rules, layout_rules, precision_rules, profile, schedule_rules]
+
+
+@pytest.mark.parametrize("rules", RULES, ids=lambda rules: rules.__name__)
 def test_every_rule_has_a_case(rules: ModuleType) -> None:
     """Each place that refuses something is reached by a case above."""
     source = inspect.getsource(rules)

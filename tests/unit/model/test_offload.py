@@ -9,11 +9,12 @@ from torch import Tensor
 
 from megasp.config.recompute import Recompute
 from megasp.config.schema import ModelConfig
+from megasp.host_copies import Copier, PlainCopier
 from megasp.model import GPTModel, offload
 from tests.unit.model.test_tiles import LLAMA
 
 
-class Watched(offload.PlainCopier):
+class Watched(PlainCopier):
     """Notes what is copied in which direction."""
 
     def __init__(self) -> None:
@@ -29,9 +30,9 @@ class Watched(offload.PlainCopier):
         return host.clone(), None
 
 
-def gradients(config: ModelConfig, copies: offload.Copier | None = None, **options: Any) -> list[Tensor]:
+def gradients(config: ModelConfig, copies: Copier | None = None, **options: Any) -> list[Tensor]:
     model = GPTModel(dataclasses.replace(config, num_layers=4), offloaded_layers=4 if copies else 0, **options)
-    model.copies = copies or offload.PlainCopier()
+    model.copies = copies or PlainCopier()
     tokens = torch.arange(26).view(2, 13)
     loss = model(tokens, tokens + 1, samples=torch.tensor([3, 4]))
     loss.backward()

@@ -1,6 +1,7 @@
 """The flash-attn packages are called as they are written: stand-ins with their functions' parameters, which compute the
 exact mathematics sequence by sequence, give what the CPU's kernel gives. No such package runs without a GPU."""
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
@@ -175,7 +176,7 @@ def test_calls(name: str, mask: Mask, documents: Any, monkeypatch: pytest.Monkey
 
 def test_where_a_package_is_installed_its_kernel_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"flash_attn"}
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: name in installed or None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     had = {name: has for name, has, _ in kernels.available()}
     assert had["flash-attn-2"] and not had["flash-attn-3"]

@@ -156,6 +156,22 @@ def test_groups() -> None:
     assert (decaying["betas"], decaying["eps"], decaying["lr"]) == ((0.8, 0.95), 1e-5, 0.01)
 
 
+@pytest.mark.parametrize("untie", [False, True])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_rate_of_the_ends(untie: bool, share: float) -> None:
+    """With a rate of their own embedding and output layer move as in a run at that rate, the rest as at its own."""
+    values = {"untie_embeddings_and_output_weights": untie, "optimizer_cpu_offload": share > 0, "weight_decay": 0.1}
+    own, slow, fast = training(**values, decoupled_lr=0.1), training(**values), training(**values)
+    for held, rates in ((own, (0.01, 0.1)), (slow, (0.01,)), (fast, (0.1,))):
+        train_step(held, batches([1.0]), *rates)
+    ends = {"embedding.weight", "head.weight"} if untie else {"embedding.weight"}
+    names = [p.pieces[0].name for p in own.optimizer.masters]  # type: ignore[attr-defined]
+    assert ends <= set(names) and set(names) & {"embedding.weight", "head.weight"} == ends
+    for name, *found in zip(names, *(h.optimizer.masters for h in (own, slow, fast)), strict=True):
+        torch.testing.assert_close(found[0], found[2 if name in ends else 1], rtol=0, atol=0)
+        assert not torch.equal(found[1], found[2])
+
+
 def test_state_and_step_counter() -> None:
     """State exists from the start, so that a checkpoint can fill it; its counter is what bias correction reads."""
     held = training()
