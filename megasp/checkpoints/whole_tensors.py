@@ -99,7 +99,7 @@ def appearing(output: Path, flag: str) -> Iterator[Path]:
     Raises:
         CheckpointError: the output exists, or cannot be written.
     """
-    output = output.absolute()
+    output = output if output.name else output.absolute()
     if output.is_dir() and candidates(output):
         raise CheckpointError(f"{flag} {output} holds checkpoints", "they are never overwritten", "name another one")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

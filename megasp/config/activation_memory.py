@@ -85,9 +85,11 @@ def _distribute(config: Config, layout: Layout) -> None:
 
 
 def _tiles(config: Config, layout: Layout) -> None:
-    tiles = mlp_tiles(config, layout)
+    tiles, budget = mlp_tiles(config, layout), config.activations.activation_tile_mb
     if tiles == 1:
         return
+    by_budget = budget is not None and config.activations.tiled_mlp == 1
+    option = f"--activation-tile-mb {budget}" if by_budget else f"--tiled-mlp {tiles}"
     split = layout.tp if config.parallel.sequence_parallel else 1
     positions = config.training.seq_length // layout.cp // split
     if tiles > positions:
@@ -99,15 +101,15 @@ def _tiles(config: Config, layout: Layout) -> None:
     inner = [name for name in ("mlp", "mlp_act") if config.activations.recompute.does(name)]
     if inner:
         raise ConfigError(
-            f"--tiled-mlp {tiles} with --recompute-modules {' '.join(inner)}",
+            f"{option} with --recompute-modules {' '.join(inner)}",
             "a tiled MLP keeps its input alone as it is",
             f"leave {' and '.join(inner)} out",
         )
     if config.pipeline.schedule in ("zb-h1", "zbv"):
         raise ConfigError(
-            f"--tiled-mlp {tiles} with --pipeline-schedule {config.pipeline.schedule}",
+            f"{option} with --pipeline-schedule {config.pipeline.schedule}",
             "weight gradients that are put off keep all tiles, which tiling is to avoid",
-            "use 1f1b or interleaved, or leave --tiled-mlp out",
+            f"use 1f1b or interleaved, or leave {option.split()[0]} out",
         )
 
 

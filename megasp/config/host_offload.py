@@ -63,6 +63,13 @@ def check(config: "Config", device: str) -> None:
                 "a weight's step runs where the weight is",
                 "add --optimizer-cpu-offload, without --optimizer-offload-fraction",
             )
+    backend = config.kernels.optimizer_backend
+    if options.moved_share == 1 and backend in ("apex", "transformer-engine"):
+        raise ConfigError(
+            f"--optimizer-backend {backend} with all of the optimizer on the host",
+            "the step there is PyTorch's",
+            "leave --optimizer-backend out, or use a smaller --optimizer-offload-fraction",
+        )
     if options.optimizer_cpu_offload and device == "cpu":
         raise ConfigError(
             "--optimizer-cpu-offload on a CPU", "everything is in the host's memory there as it is", "leave it out"

@@ -5,6 +5,7 @@ import dataclasses
 from megasp.config.fp8 import RECIPES, UNSERVED_RECIPES
 from megasp.config.layout import Layout
 from megasp.config.schema import Config
+from megasp.config.tiles import mlp_tiles
 from megasp.errors import ConfigError
 
 
@@ -76,17 +77,20 @@ def _check_fp8_sizes(config: Config, layout: Layout) -> None:
     heads, kv_heads = (max(1, count // layout.tp) for count in (model.num_attention_heads, model.kv_heads))
     split = layout.tp if config.parallel.sequence_parallel else 1
     positions = training.seq_length // layout.cp // split
-    tile = -(-positions // config.activations.tiled_mlp)
+    chunk = positions // config.activations.sequence_chunks
+    tile = -(-chunk // -(-mlp_tiles(config, layout) // config.activations.sequence_chunks))
     tokens = split * training.micro_batch_size
     width = "a smaller --tensor-model-parallel-size, or another width"
+    tiles = "another --tiled-mlp or --activation-tile-mb"
     sizes = {
         "hidden-size": (model.hidden_size, "another --hidden-size"),
         "a rank's part of q, k and v": ((heads + 2 * kv_heads) * model.head_dim, width),
         "a rank's part of attention's output": (heads * model.head_dim, width),
         "a rank's part of the MLP's hidden layer": (model.mlp_size // layout.tp, width),
         "a rank's tokens of a microbatch": (positions * tokens, "another --seq-length or --micro-batch-size"),
-        "a tile's tokens": (tile * tokens, "another --tiled-mlp"),
-        "the last tile's tokens": ((positions % tile or tile) * tokens, "another --tiled-mlp"),
+        "a chunk's tokens": (chunk * tokens, "another --sequence-chunks"),
+        "a tile's tokens": (tile * tokens, tiles),
+        "the last tile's tokens": ((chunk % tile or tile) * tokens, tiles),
     }
     for name, (size, fix) in sizes.items():
         if size % FP8_MULTIPLE:

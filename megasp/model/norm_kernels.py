@@ -5,7 +5,8 @@ Those of packages have never been run where they are from; tests put small modul
 shapes and dtypes of what is passed, and compute.
 """
 
-from typing import Protocol
+from importlib import import_module
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -121,30 +122,26 @@ class TransformerEngine:
     """The functions of Transformer Engine's extension that its RMSNorm and LayerNorm call (2.0 or later)."""
 
     def rms(self, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        import transformer_engine_torch as te
-
+        te = _transformer_engine()
         y, _, rstd = te.rmsnorm_fwd(_rows(x), weight, epsilon, None, None, _te_dtype(x), 0, False)
         return y.view(x.shape), rstd
 
     def rms_backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, epsilon: float
     ) -> tuple[Tensor, Tensor]:
-        import transformer_engine_torch as te
-
+        te = _transformer_engine()
         dx, dweight = te.rmsnorm_bwd(_rows(dy), _rows(x), rstd, weight, 0, False)
         return dx.view(x.shape), dweight
 
     def layer(self, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
-        import transformer_engine_torch as te
-
+        te = _transformer_engine()
         y, mean, rstd = te.layernorm_fwd(_rows(x), weight, bias, epsilon, None, None, _te_dtype(x), 0, False)
         return y.view(x.shape), mean, rstd
 
     def layer_backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, epsilon: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        import transformer_engine_torch as te
-
+        te = _transformer_engine()
         dx, dweight, dbias = te.layernorm_bwd(_rows(dy), _rows(x), mean, rstd, weight, 0, False)
         return dx.view(x.shape), dweight, dbias
 
@@ -153,8 +150,13 @@ def _rows(x: Tensor) -> Tensor:
     return x.contiguous().view(-1, x.shape[-1])
 
 
+def _transformer_engine() -> Any:
+    """Its extension, after the package, which loads the library that the extension links to."""
+    import_module("transformer_engine.pytorch")
+    return import_module("transformer_engine_torch")
+
+
 def _te_dtype(x: Tensor) -> object:
-    import transformer_engine.pytorch  # noqa: F401 (loads the library that the extension needs)
     from transformer_engine.pytorch.constants import TE_DType
 
     return TE_DType[x.dtype]

@@ -91,8 +91,11 @@ class MasterOptimizer:
     def _fetched(self, number: int) -> list[tuple[Tensor, Any]]:
         """A bucket's gradients on their way to the host, and marks of when they are there."""
         coming = self._buckets[number] if number < len(self._buckets) else []
-        gradients = [weight.grad for weight, _ in coming]
-        return [self._to_host.to_host(gradient) for gradient in gradients if gradient is not None]
+        fetched = []
+        for weight, _ in coming:
+            assert weight.grad is not None, "a weight got no gradient"
+            fetched.append(self._to_host.to_host(weight.grad))
+        return fetched
 
     @torch.no_grad()
     def _sent(self, bucket: Bucket) -> list[Any]:

@@ -82,8 +82,11 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 
 def host_memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of this machine's memory, or of the part that its container (cgroup v2) may use."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.is_file() else "max"
+    return whole if allowed == "max" else min(whole, int(allowed))
 
 
 def _device_type(config: Config) -> str:

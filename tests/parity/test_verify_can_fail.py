@@ -29,7 +29,7 @@ def _with_unsynchronised_norms(*args: object) -> object:
     """Norm weights whose gradient stays this rank's share under sequence parallelism."""
     import megasp.training.step as step
 
-    step.sum_partial_ = lambda parameters, axis: None
+    step.sum_partial_ = lambda parameters, axis, device: None
     return verify._difference(*args)
 
 

@@ -32,9 +32,9 @@ def train(flags: str) -> list[list[int]]:
     steps: list[list[int]] = []
     step = pretrain.train_step
 
-    def watched(training, batches, lr):
+    def watched(training, batches, *rates):
         steps.append([int(k) for batch in batches for k in batch.samples])
-        return step(training, batches, lr)
+        return step(training, batches, *rates)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "train_step", watched)

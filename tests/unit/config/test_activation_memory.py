@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from megasp.config import host_offload
 from megasp.config.load import from_values
 from megasp.config.recompute import Recompute
 from megasp.config.tiles import mlp_tiles
@@ -89,6 +90,12 @@ ON_HOST = {"optimizer_cpu_offload": True}
 def test_host_offload_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         validate(from_values(BASE | given), 2)
+
+
+def test_packages_step_on_the_device() -> None:
+    config = from_values(BASE | ON_HOST | {"optimizer_backend": "apex"})
+    with pytest.raises(ConfigError, match="--optimizer-backend apex with all of the optimizer on the host"):
+        host_offload.check(config, "cuda")
 
 
 def test_offload_on_a_gpu_passes() -> None:
