@@ -10,9 +10,8 @@ STEP = 1024
 """Lengths are multiples of this times the GPUs, so that every split divides them."""
 
 
-def report(request: Request) -> list[str]:
+def report(request: Request, plan: Plan | None) -> list[str]:
     """The answer in words."""
-    plan = longest(request)
     if plan is None:
         return [f"no sequence fits {request.gpus} x {request.hardware.name}: not even {_unit(request):,} tokens"]
     time, tokens = plan.time, plan.config.training.seq_length

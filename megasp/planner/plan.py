@@ -20,7 +20,7 @@ from megasp.config.load import Source
 from megasp.config.megatron_flags import translate
 from megasp.errors import ConfigError
 from megasp.planner import hardware, launch, longest, page, report
-from megasp.planner.search import Found, search
+from megasp.planner.search import Found, Plan, search
 from megasp.planner.space import Request, layouts
 
 DEFAULTS: dict[str, Any] = {"bf16": True, "mock_data": True, "lr": 1e-4, "train_iters": 100_000, "eval_iters": 0}
@@ -64,8 +64,7 @@ def main(argv: Sequence[str], prog: str) -> int:
             f"--fp8-format on {request.hardware.name}", "it has no fp8 rate: nothing can be timed", "use --bf16 alone"
         )
     if options.max_seq_length:
-        print("\n".join(longest.report(request)))
-        return 0
+        return _longest(request, options)
     if not config.training.global_batch_size:
         raise ConfigError(
             "no --global-batch-size", "layouts are compared at the same batch", "give the samples of a step"
@@ -86,11 +85,26 @@ def main(argv: Sequence[str], prog: str) -> int:
     if options.html:
         Path(options.html).write_text(page.html(found, request, options.top))
         print(f"page in {options.html}")
-    if options.dry_run:
+    _dry_run(found.plans[: options.dry_run])
+    return 0
+
+
+def _longest(request: Request, options: PlanOptions) -> int:
+    for name in ("explain", "html", "launch"):
+        if getattr(options, name):
+            rule = "the longest sequence has one answer, which is printed"
+            raise ConfigError(f"--{name} with --max-seq-length", rule, f"plan that --seq-length again, with --{name}")
+    plan = longest.longest(request)
+    print("\n".join(longest.report(request, plan)))
+    _dry_run([plan] if plan and options.dry_run else [])
+    return 0
+
+
+def _dry_run(plans: list[Plan]) -> None:
+    if plans:
         from megasp.planner import check  # which needs torch
 
-        print("\n".join(check.table(found.plans[: options.dry_run])))
-    return 0
+        print("\n".join(check.table(plans)))
 
 
 def _given(argv: Sequence[str], parser: Parser) -> dict[str, Any]:

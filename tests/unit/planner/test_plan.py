@@ -101,6 +101,7 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model llama3-8b --gpus 8", "--global-batch-size"),
         ("--model llama3-8b --gpus 8 --gpu x100 --global-batch-size 8", "--gpu x100"),
         ("--model llama3-8b --gpus 0 --global-batch-size 8", "--gpus 0"),
+        ("--model llama3-8b --gpus 8 --max-seq-length --html page.html", "--html with --max-seq-length"),
         ("--model llama3-9b --gpus 8", "as --help says"),
         ("--model llama3-8b --gpus 8 --global-batch-size 8 --gpuss 3", "did you mean --gpus"),
         ("--model llama3.1-405b --gpus 1 --global-batch-size 8 --micro-batch-size 1", "no layout fits"),
