@@ -70,6 +70,11 @@ class Request:
         """Whether the planner may choose this field."""
         return name not in self.given
 
+    def allows(self, values: Values) -> bool:
+        """Whether these fields leave everything as it was given."""
+        kept = {name: value for name, value in values.items() if not self.free(name)}
+        return self.with_values(kept) == self.config
+
     def with_values(self, values: Values) -> Config:
         """The configuration with these fields."""
         return with_values(self.config, values)
@@ -220,6 +225,7 @@ def memory_options(request: Request, layout: Layout) -> list[MemoryOption]:
     parallel = request.config.parallel
     free = [request.free(name) for name in ("recompute_granularity", "recompute_method", "recompute_modules")]
     recomputes = [*RECOMPUTES, *(_long(request, layout) if request.host else [])] if all(free) else [{}]
+    recomputes = [each for each in recomputes if request.allows(each)] or [{}]
     stages: list[str | None] = [*SHARDING]
     if not (request.free("data_parallel_sharding_strategy") and request.free("use_distributed_optimizer")):
         stages = [None]
@@ -243,6 +249,8 @@ def memory_options(request: Request, layout: Layout) -> list[MemoryOption]:
                 made.append(option(values | instances, zero, outer, 2 * zero + (outer == 1)))
         if request.host and stages[-1] is not None:
             for more, extra in enumerate(HOST):
+                if not request.allows(extra):
+                    continue
                 zero = 3 if layout.dp * layout.cp > 1 or len(extra) > 1 else 0
                 sharded = {"data_parallel_sharding_strategy": SHARDING[zero]}
                 made.append(option(sharded | extra, zero, 1, 2 * len(SHARDING) + more))

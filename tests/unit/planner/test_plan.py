@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from megasp import cli
+from megasp.config.layout import Layout
 from megasp.config.load import from_values, load, parser
 from megasp.config.presets import PRESETS
 from megasp.config.validate import validate
 from megasp.planner.hardware import load as load_gpu
 from megasp.planner.search import SIMULATED, Found, search
-from megasp.planner.space import Request
+from megasp.planner.space import Request, memory_options
 
 SMALL = ["plan", "--model", "llama3-8b", "--gpus", "8", "--global-batch-size", "64", "--seq-length", "8192"]
 FIXED = ["--pipeline-model-parallel-size", "1", "--ring-size", "1"]
@@ -159,3 +160,10 @@ def test_dry_run_of_sharded_weights(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(errors) == 2 and all(0 <= float(error) < 25 for error in errors)
     for words in ("all-gather over dp_cp", "matrix products"):
         assert re.search(rf"{words} .*=.*=", out), "counted as the closed forms say"
+
+
+def test_what_is_given_stands() -> None:
+    config = from_values(PRESETS["llama3-8b"] | {"seq_length": 8192, "tiled_mlp": 4, "lr": 1e-4, "train_iters": 9})
+    request = Request(config, frozenset({"tiled_mlp"}), 8, load_gpu("h100-80"))
+    options = memory_options(request, Layout(dp_inner=8))
+    assert len(options) > 10 and all(option.values.get("tiled_mlp", 4) == 4 for option in options)
