@@ -51,7 +51,9 @@ class ParallelConfig:
         choices=("a2a", "p2p", "all_gather", "lightseq", "a2a+p2p"),
     )
     nproc_per_node: int | None = flag(
-        None, "ranks of a node, torchrun's without it; that choice counts bytes between nodes for more"
+        None,
+        "ranks of a node, torchrun's without it: where the split of context-parallel ranks is left open, its choice "
+        "counts bytes between nodes for more; nothing else depends on it",
     )
     ulysses_size: int | None = flag(
         None, "ranks of Ulysses sequence parallelism (all-to-all between sequence and heads)"
@@ -160,7 +162,8 @@ class TrainingConfig:
     )
     weight_gradient_dtype: str = flag(
         "auto",
-        "in which a microbatch's weight gradients are made, before they are added in fp32: fp32, never rounded; or "
+        "in which a microbatch's weight gradients are made, before they are added in fp32: fp32, rounded by none but "
+        "kernels that write bf16 alone (fused norms, fp8 rowwise); or "
         "compute, rounded to the dtype of the weights; auto is fp32 on GPUs, whose products are in it as they are, and "
         "compute on CPUs, where they take twice as long",
         choices=("auto", "fp32", "compute"),

@@ -1,8 +1,8 @@
 """How gradients of weights are made: in which dtype, and when.
 
 A leaf may take gradients in a wider dtype than its own (`Tensor.grad_dtype`, set by who sums them): Functions then make
-them in that, and what a microbatch adds is never rounded to the compute dtype, as with Megatron-LM's fused gradient
-accumulation.
+them in that, and what a microbatch adds is not rounded to the compute dtype, as with Megatron-LM's fused gradient
+accumulation, but by kernels that write nothing else: fused norms, and fp8 products of the rowwise recipe on a GPU.
 
 They may also wait: a linear layer's backward leaves them in a queue, a zero-bubble schedule runs them later (arXiv
 2401.10241). Only GEMM weights wait; norms, biases, embeddings and the head have theirs in the backward."""
