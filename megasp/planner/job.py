@@ -30,11 +30,11 @@ class Redone:
     def of(cls, activations: ActivationConfig, layers: int = 1) -> "Redone":
         """What --recompute-granularity and its companions mean, in a stage of so many layers."""
         recompute = activations.recompute
-        if activations.sequence_chunks > 1:  # attention's output stays, all else of a chunk runs again
-            groups = float(recompute.num_layers > 1)  # whose layers all run forward again before that
-            return cls(groups, 1.0 + groups, 1.0 + groups, 1.0 + groups)
         chosen = sum(len(group) for group, again in recompute.groups(layers) if again)
         share = chosen / max(1, layers)
+        if activations.sequence_chunks > 1:  # attention's output stays, all else of a chunk runs again
+            whole = share * (recompute.granularity == "full")  # which runs forward before that, with attention
+            return cls(whole, 1.0 + whole, 1.0 + whole, 1.0 + whole)
         if recompute.granularity in ("full", "all-but-attention"):
             groups = sum(again for _, again in recompute.groups(layers)) * recompute.distributed
             return cls(share * (recompute.granularity == "full"), share, share, share, groups / max(1, layers))

@@ -15,7 +15,7 @@ def expected(training: Training, microbatches: Sequence[Batch]) -> dict[str, Tra
     Recomputing a layer repeats its forward; what the granularity says of each axis.
     """
     state, model = training.state, training.config.model
-    recompute = training.config.activations.recompute
+    recompute, parts = training.config.activations.recompute, training.config.activations.sequence_chunks
     repeats = recompute.attention_runs()
     heads, kv_heads = (max(1, count // state.tp.size) for count in (model.num_attention_heads, model.kv_heads))
     dtype = training.dtype
@@ -26,16 +26,18 @@ def expected(training: Training, microbatches: Sequence[Batch]) -> dict[str, Tra
     totals = {axis: Traffic() for axis in repeats}
     for batch in microbatches:
         samples, tokens = batch.tokens.shape
-        shape = AttentionShape(tokens, samples, heads, kv_heads, model.head_dim, dtype)
+        shape = AttentionShape(tokens // parts, samples, heads, kv_heads, model.head_dim, dtype)
         work = attend.work(tokens, heads, kv_heads, batch.document_starts)
         ulysses = state.ulysses
         of_layer = {
             "ulysses": ulysses_traffic(shape, ulysses.size, ulysses.rank, chunks),
-            "ring": ring_traffic(shape, work, ulysses.size, ulysses.rank, state.ring.rank, chunks),
         }
+        if parts == 1:  # which are owners of keys as ranks of a ring are, but of one rank
+            of_layer["ring"] = ring_traffic(shape, work, ulysses.size, ulysses.rank, state.ring.rank, chunks)
         for axis, (forward, backward) in of_layer.items():
-            totals[axis].add_all(forward, layers + (repeats[axis] - 1) * again)
-            totals[axis].add_all(backward, layers)
+            in_chunks = (parts > 1) * layers  # whose backward runs each forward again, but for attention
+            totals[axis].add_all(forward, parts * (layers + (repeats[axis] - 1) * again + in_chunks))
+            totals[axis].add_all(backward, parts * layers)
     return totals
 
 

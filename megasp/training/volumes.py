@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megasp.config.stages import Stage, split
+from megasp.config.tiles import mlp_tiles
 from megasp.data import Batch
 from megasp.model.memory import end_parameters, layer_parameters
 from megasp.pipeline.schedules import placement
@@ -71,13 +72,14 @@ class Again:
     def of(cls, training: Training, stage: Stage) -> "Again":
         """Of a stage."""
         activations, layers = training.config.activations, len(stage.layers)
-        recompute, tiled = activations.recompute, activations.tiled_mlp > 1
+        recompute, tiled = activations.recompute, mlp_tiles(training.config, training.state.layout) > 1
         groups = [len(group) for group, again in recompute.groups(layers) if again]
         chosen = sum(groups)
         whole = chosen * (recompute.granularity in ("full", "all-but-attention"))
-        if activations.sequence_chunks > 1:  # which keep attention's output, and run all else again
-            groups_again = whole * (recompute.num_layers > 1)
-            return cls(layers + groups_again, layers + groups_again, groups_again, 2 * (layers + groups_again))
+        if activations.sequence_chunks > 1:  # which keep attention's output, and run all else of a chunk again
+            inner = layers * (mlp_tiles(training.config, training.state.layout) > activations.sequence_chunks)
+            again = layers + whole
+            return cls(again, again + inner, whole, 2 * again + inner)
         mlp = whole + chosen * recompute.does("mlp") + layers * tiled
         core = chosen * (recompute.granularity == "full" or recompute.does("core_attn"))
         last = layers + whole if tiled else max(0, whole - len(groups))

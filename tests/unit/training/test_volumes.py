@@ -27,6 +27,23 @@ CASES = {
     "ZeRO-2 of a ring": (
         {"ring_size": 2, "recompute_granularity": "all-but-attention", "data_parallel_sharding_strategy": "optim_grads"}
     ),
+    "chunks": {"sequence_parallel": True, "sequence_chunks": 4},
+    "chunks made again, with tiles": (
+        {"sequence_chunks": 2, "tiled_mlp": 8, "recompute_granularity": "full", "global_batch_size": 4}
+        | {"sequence_parallel": True, "num_layers": 8}
+    ),
+    "chunks in groups of layers with ZeRO-3": (
+        {"sequence_chunks": 2, "recompute_granularity": "full", "recompute_num_layers": 2, "num_layers": 8}
+        | {"sequence_parallel": True, "data_parallel_sharding_strategy": "optim_grads_params"}
+    ),
+    "uneven groups of layers with ZeRO-3": (
+        {"recompute_granularity": "full", "recompute_num_layers": 3, "num_layers": 10, "activation_tile_mb": 1}
+        | {"sequence_parallel": True, "data_parallel_sharding_strategy": "optim_grads_params"}
+    ),
+    "chunks with weights on the host": (
+        {"sequence_chunks": 4, "optimizer_cpu_offload": True, "cpu_offloading_weights": True}
+        | {"cpu_offloading_attention": True, "data_parallel_sharding_strategy": "optim_grads_params"}
+    ),
     "split backwards": (
         {"sequence_parallel": True, "pipeline_schedule": "zb-h1", "recompute_granularity": "selective"}
         | {"recompute_modules": ("mlp", "layernorm")}
