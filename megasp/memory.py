@@ -16,7 +16,6 @@ from megasp.config.layout import Layout
 from megasp.config.load import load, parser, to_yaml
 from megasp.config.schema import Config
 from megasp.config.validate import validate
-from megasp.errors import ConfigError
 from megasp.training.datasets import resolve
 from megasp.training.memory import account, layer_table, table
 
@@ -42,12 +41,6 @@ def main(argv: Sequence[str], prog: str) -> int:
     for note in notes:
         log.info(note)
     config = resolve(config)
-    if options.dry_run and config.offload.cpu_offloading_weights:
-        raise ConfigError(
-            "--dry-run with --cpu-offloading-weights",
-            "it runs as if on a CPU, where it would count what is on the host, too",
-            "leave one of them out",
-        )
     layout = validate(config, options.world or smallest_world(config), "cuda")
     print("\n".join(report(config, layout, options.dry_run)))
     return 0
@@ -67,8 +60,8 @@ def report(config: Config, layout: Layout, counted: bool = False) -> list[str]:
     if counted:
         counts = [dry_run.count(config, layout, each.rank) for each in log.progress(accounts, "dry run", layout.pp)]
         measured["counted by a dry run"] = [each.peak for each in counts]
-        if any(each.host_passes for each in counts):
-            measured["the host's, counted"] = [max(each.host, each.host_passes) for each in counts]
+        if any(each.on_host for each in counts):
+            measured["the host's, counted"] = [each.on_host for each in counts]
     reason = split_context(config).reason
     return [
         f"layout {layout.name}: {layout.describe()}",

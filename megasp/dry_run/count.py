@@ -45,6 +45,11 @@ class Count:
     def peak(self) -> int:
         return max(self.passes, self.optimizer)
 
+    @property
+    def on_host(self) -> int:
+        """The most that is in the host's memory."""
+        return max(self.host, self.host_passes)
+
 
 def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Count:
     """What one rank of the layout holds, in bytes, in the last of some steps.

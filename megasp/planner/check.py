@@ -13,34 +13,39 @@ from megasp.training.volumes import Volume
 def table(plans: list[Plan]) -> list[str]:
     """Peak bytes, bytes sent and operations of the first, a middle and the last pipeline rank of each plan."""
     torch.set_num_threads(1)  # nothing is computed
-    jobs = [(plan, rank) for plan in plans for rank in _ranks(plan)]
-    counts = {(id(plan), rank): _count(plan, rank) for plan, rank in log.progress(jobs, "dry run", len(jobs), "rank")}
+    jobs = [(plan, rank) for plan in plans for rank in critical_ranks(plan)]
+    counts = {(id(plan), rank): count(plan, rank) for plan, rank in log.progress(jobs, "dry run", len(jobs), "rank")}
     lines = []
     for plan in plans:
-        found = {rank: counts[id(plan), rank] for rank in _ranks(plan)}
+        found = {rank: counts[id(plan), rank] for rank in critical_ranks(plan)}
         lines += ["", f"dry run of {plan.layout.name}", *_memory(plan, found), *_volumes(plan, found)]
     return lines
 
 
-def _ranks(plan: Plan) -> list[int]:
+def critical_ranks(plan: Plan) -> list[int]:
+    """The first, a middle and the last pipeline rank."""
     return sorted({0, plan.layout.pp // 2, plan.layout.pp - 1})
 
 
-def _count(plan: Plan, rank: int) -> Count:
-    """With as many microbatches as reach the peak."""
+def count(plan: Plan, rank: int) -> Count:
+    """Of a pipeline rank, with as many microbatches as reach the peak."""
     layout = plan.layout
     place = dict.fromkeys(("dp_outer", "dp_inner", "ring", "ulysses", "tp"), 0) | {"pp": rank}
-    return dry_run.count(shortened(plan.config, layout), layout, layout.rank(place))
+    # A first step of chunks is as any other: one sample, nothing of a microbatch before.
+    steps = 1 if plan.config.activations.sequence_chunks > 1 else 2
+    return dry_run.count(shortened(plan.config, layout), layout, layout.rank(place), steps)
 
 
 def _memory(plan: Plan, found: dict[int, Count]) -> list[str]:
-    account = {rank: plan.memory[rank].allocated for rank in found}
-    return [
-        f"  {'pipeline rank':42}" + "".join(f"{rank:16}" for rank in found),
-        f"  {'peak of what is allocated, GB':42}" + "".join(f"{count.peak / 1e9:16.2f}" for count in found.values()),
-        f"  {'the account of it':42}"
-        + "".join(f"{size / 1e9:9.2f} {size / found[rank].peak - 1:+6.1%}" for rank, size in account.items()),
-    ]
+    peaks = {rank: (counted.peak, plan.memory[rank].allocated) for rank, counted in found.items()}
+    hosts = {rank: (counted.on_host, plan.memory[rank].host) for rank, counted in found.items()}
+    lines = [f"  {'pipeline rank':42}" + "".join(f"{rank:16}" for rank in found)]
+    for name, sizes in (("peak of what is allocated, GB", peaks), ("the same on the host, GB", hosts)):
+        if any(counted for counted, _ in sizes.values()):
+            lines.append(f"  {name:42}" + "".join(f"{counted / 1e9:16.2f}" for counted, _ in sizes.values()))
+            cells = (f"{size / 1e9:9.2f} {size / max(counted, 1) - 1:+6.1%}" for counted, size in sizes.values())
+            lines.append(f"  {'the account of it':42}" + "".join(cells))
+    return lines
 
 
 def _volumes(plan: Plan, found: dict[int, Count]) -> list[str]:

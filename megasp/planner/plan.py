@@ -45,7 +45,10 @@ class PlanOptions:
     launch: str | None = flag(
         None, "print a script that starts the best answer, and nothing else", choices=launch.KINDS
     )
-    max_seq_length: bool = flag(False, "the longest sequence that trains, and what gets there")
+    max_seq_length: bool = flag(
+        False, "the longest sequence that trains in --max-step-hours, the longest that fits, and what gets there"
+    )
+    max_step_hours: float = flag(12.0, "hours that a step of the longest sequence takes at most")
     dry_run: int = flag(0, "run the best N answers on fake tensors, and count their bytes", metavar="N")
 
 
@@ -94,9 +97,10 @@ def _longest(request: Request, options: PlanOptions) -> int:
         if getattr(options, name):
             rule = "the longest sequence has one answer, which is printed"
             raise ConfigError(f"--{name} with --max-seq-length", rule, f"plan that --seq-length again, with --{name}")
-    plan = longest.longest(request)
-    print("\n".join(longest.report(request, plan)))
-    _dry_run([plan] if plan and options.dry_run else [])
+    found = longest.longest(request, options.max_step_hours)
+    print("\n".join(longest.report(request, found, options.max_step_hours)))
+    plans = [found.useful, *([found.fits] if found.fits is not found.useful else [])]
+    _dry_run([plan for plan in plans if plan][: options.dry_run])
     return 0
 
 
@@ -127,6 +131,9 @@ def _check(options: PlanOptions) -> None:
     for name in ("gpus", "top"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} {getattr(options, name)}", "it must be positive", "give 1 or more")
+    if not 0 < options.max_step_hours < float("inf"):
+        rule = "a step takes some time, and is to end"
+        raise ConfigError(f"--max-step-hours {options.max_step_hours:g}", rule, "give a positive number")
     if options.dry_run < 0:
         raise ConfigError(f"--dry-run {options.dry_run}", "it is a number of answers", "give 1 or more")
 

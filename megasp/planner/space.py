@@ -258,15 +258,15 @@ def memory_options(request: Request, layout: Layout) -> list[MemoryOption]:
 
 
 def _long(request: Request, layout: Layout) -> list[Values]:
-    """What keeps least of all: more tiles, or chunks of the sequence; then with groups of layers that keep one input,
-    which ask less of the host."""
+    """What keeps least of all: more tiles, or chunks of the sequence; then with layers, alone and in groups, that keep
+    one input, which ask less of the host and run again."""
     positions = request.config.training.seq_length // (layout.cp * layout.tp)
     chunks = next((n for n in range(positions // CHUNK, 1, -1) if positions % n == 0), 1)
     if layout.ring > 1 or chunks == 1:
         return [LONGEST]
     away: Values = {"sequence_chunks": chunks, "cpu_offloading_attention": True, "cpu_offloading_activations": True}
     groups = [away | {"recompute_granularity": "full", "recompute_num_layers": number} for number in (1, 2, 4)]
-    return [LONGEST, *groups]
+    return [LONGEST, away, *groups]
 
 
 def _instances(request: Request, layout: Layout, zero: int) -> list[tuple[Values, int]]:
