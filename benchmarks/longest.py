@@ -57,6 +57,7 @@ class Row:
         return -(-int(FACTOR * max(found)) // unit) * unit
 
 
+LENGTHS = ["aim", "useful", "memory"]
 ALST, FPDT = "ALST", "FPDT (Ulysses-Offload)"
 ROWS = [
     *(Row("llama3-8b", gpus, "h100-80", ALST, "Llama-3.1-8B") for gpus in (1, 8, 32)),
@@ -111,7 +112,7 @@ def show(row: Row, name: str, plan: Plan | None, counted: bool) -> None:
         print(
             f"    rank {rank}: counted {found.peak / 1e9:.2f} GB, account {account.allocated / 1e9:.2f} "
             f"({account.allocated / found.peak - 1:+.1%}), {host if found.on_host else ''}"
-            f"closed forms {'exact' if not off else off}; {time.process_time() - begun:.0f} s of one core",
+            f"closed forms {off or 'exact'}; {time.process_time() - begun:.0f} s of one core",
             flush=True,
         )
 
