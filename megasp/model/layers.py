@@ -296,6 +296,8 @@ def embedding_footprint(elements: int, weight: int, item: int, gradient: int, tp
     whole = elements * item
     out = whole // (tp if sequence_parallel else 1)
     forward = whole if tp == 1 else 2 * whole + (out if sequence_parallel else whole)
-    backward = weight * gradient + (0 if tp == 1 else 2 * whole if sequence_parallel else whole)
-    backward += elements * gradient if gradient > item else 0
+    # The gradient without the tokens of other ranks, and what it is made of, or made to; a shard's goes when gathered.
+    wide = elements * gradient if gradient > item else 0
+    masked, gathered = (0, 0) if tp == 1 else (whole, whole if sequence_parallel else 0)
+    backward = masked + max(gathered, wide + weight * gradient) - (out if gathered else 0)
     return Part("residual stream", out, forward, backward, keeps_input=False)

@@ -147,7 +147,9 @@ def _attend(sizes: AttentionSizes, tokens: int, heads: int, kv_heads: int) -> Pa
         block = (q + wide_q) // (1 if sizes.comm == "lightseq" else 2) // some
         forward = wide_q + 2 * lse + travelling + max(block, q)
         moved = 2 * (2 * q + lse) if sizes.comm == "lightseq" else 0
-        backward = wide_q + 3 * wide_kv + travelling + (q + kv) // 2 + moved
+        # Sums of one's own keys and of those in use, one that comes, and on a longer ring one that goes.
+        sums = 3 + (sizes.ring > 2 and sizes.comm == "p2p")
+        backward = wide_q + sums * wide_kv + travelling + (q + kv) // 2 + moved
     return Part("attention output", q, forward, backward, kept, keeps_output=True)
 
 

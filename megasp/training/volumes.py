@@ -13,6 +13,7 @@ from megasp.config.tiles import mlp_tiles
 from megasp.data import Batch
 from megasp.model.memory import end_parameters, layer_parameters
 from megasp.pipeline.schedules import placement
+from megasp.sequence_parallel.blocks import FULL
 from megasp.training.build import Training
 from megasp.training.communication import expected
 
@@ -40,10 +41,10 @@ def closed_forms(training: Training, microbatches: Sequence[Batch]) -> Volume:
     for axis, traffic in expected(training, microbatches).items():
         volume.sent.update({(axis, operation): size for operation, size in traffic.bytes_sent.items()})
     for stage in _mine(training):
-        for _ in microbatches:
+        for batch in microbatches:
             _tensor(training, stage, volume.sent)
             _pipeline(training, stage, volume.sent)
-            _compute(training, stage, volume.flops)
+            _compute(training, stage, batch, volume.flops)
     _gradients(training, len(microbatches), volume.sent)
     return Volume(+volume.sent, +volume.flops)
 
@@ -138,7 +139,23 @@ def _gradients(training: Training, microbatches: int, sent: Sent) -> None:
     sent["dp_outer", "all_reduce"] += 2 * wide * (layers + ends) // shards * (replicas - 1) // replicas
 
 
-def _compute(training: Training, stage: Stage, flops: Counter[str]) -> None:
+def _pairs(training: Training, batch: Batch) -> float:
+    """(query, key) pairs of a microbatch that this rank's ring rank computes; of a block with a causal mask half."""
+    state, model = training.state, training.config.model
+    attend = next(iter(training.pipeline.stages.values())).attend
+    heads, kv_heads = (max(1, count // state.tp.size) for count in (model.num_attention_heads, model.kv_heads))
+    samples, tokens = batch.tokens.shape
+    work = attend.work(tokens, heads, kv_heads, batch.document_starts)
+    if attend.sequence_chunks > 1:  # all of which are this rank's
+        owners = [(q, k) for q in range(attend.sequence_chunks) for k in range(q + 1)]
+    else:
+        owners = list({(task.q, task.k): None for task in work.tasks(state.ring.rank)})
+    blocks = [block for q, k in owners for block in work.blocks(q, k)]
+    sizes = ((b.q[1] - b.q[0]) * (b.k[1] - b.k[0]) / (1 if b.kind == FULL else 2) for b in blocks)
+    return sum(size * (samples if b.row is None else 1) for b, size in zip(blocks, sizes, strict=True))
+
+
+def _compute(training: Training, stage: Stage, batch: Batch, flops: Counter[str]) -> None:
     """A microbatch through a stage."""
     model, config, tp = training.config.model, training.config.training, training.state.tp.size
     tokens = config.micro_batch_size * config.seq_length // training.state.cp.size
@@ -151,4 +168,4 @@ def _compute(training: Training, stage: Stage, flops: Counter[str]) -> None:
     weights += 3 * stage.last * model.padded_vocab_size // tp * model.hidden_size
     flops["matrix products"] += 2 * tokens * weights
     passes = 3.5 * layers + again.core  # the fused backward makes the scores again: five products for the forward's two
-    flops["attention"] += int(passes * 4 * tokens * queries * config.seq_length / 2)
+    flops["attention"] += int(passes * 4 * queries * _pairs(training, batch) / training.state.ulysses.size)

@@ -103,6 +103,7 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model llama3-8b --gpus 8 --gpu x100 --global-batch-size 8", "--gpu x100"),
         ("--model llama3-8b --gpus 0 --global-batch-size 8", "--gpus 0"),
         ("--model llama3-8b --gpus 8 --max-seq-length --html page.html", "--html with --max-seq-length"),
+        ("--model llama3-8b --gpus 8 --max-seq-length --max-step-hours 0", "--max-step-hours 0"),
         ("--model llama3-9b --gpus 8", "as --help says"),
         ("--model llama3-8b --gpus 8 --global-batch-size 8 --gpuss 3", "did you mean --gpus"),
         ("--model llama3.1-405b --gpus 1 --global-batch-size 8 --micro-batch-size 1", "no layout fits"),
@@ -134,6 +135,31 @@ def test_the_host_takes_what_does_not_fit(tmp_path: Path, capsys: pytest.Capture
     small.write_text("base: h100-80\nname: small\nhost: {link_GBps: 50, memory_GBps: 400, memory_GB: 10}\n")
     assert cli.main([*flags, "--gpu", str(small)]) == 2
     assert "10 GB of host memory" in capsys.readouterr().err
+
+
+def test_the_longest_sequence_has_a_step_that_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """8B on one GPU: 3 hours a step at what fits, less at the other answer."""
+    flags = ["plan", "--model", "llama3-8b", "--gpus", "1", "--max-seq-length"]
+    assert cli.main([*flags, "--max-step-hours", "1"]) == 0
+    useful, rate, fits, _ = capsys.readouterr().out.splitlines()
+    assert useful.startswith("with a step of at most 1 hours: ") and fits.startswith("by memory alone")
+    short, long = (int(re.findall(r"([\d,]+) tokens on", line)[0].replace(",", "")) for line in (useful, fits))
+    assert 2 * short < 2 * long < 5 * short
+    assert 0.97 * 3600 < float(re.findall(r"([\d.e+]+) s a step", rate)[0]) <= 3600
+    assert cli.main(flags) == 0
+    assert f"{long:,} tokens" in capsys.readouterr().out.splitlines()[0], "half a day does"
+
+
+def test_dry_run_of_the_longest_sequence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With weights on the host and in chunks, as the closed forms say."""
+    small = tmp_path / "small.yaml"
+    small.write_text("base: h100-80\nname: small\nmemory_GB: 3.3\n")
+    flags = f"--model tiny --vocab-size 512 --gpus 1 --gpu {small} --max-seq-length --dry-run 2"
+    assert cli.main(["plan", *flags.split()]) == 0
+    out = capsys.readouterr().out
+    assert "chunks" in out and "weights and optimizer on the host" in out and "the same on the host, GB" in out
+    for words in ("attention", "matrix products"):
+        assert re.search(rf"{words} .*=", out), "counted as the closed forms say"
 
 
 def test_calibrate(tmp_path: Path) -> None:
