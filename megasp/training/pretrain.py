@@ -282,8 +282,8 @@ def _introduce(training: Training, datasets: Datasets, phases: Sequence[Phase], 
         f"vocabulary {model.padded_vocab_size}; compute in {dtype}"
     )
     log.info(
-        f"kernels: attention {training.attention_kernel}, norms {training.norm_kernel}, optimizer "
-        f"{training.optimizer_kernel}"
+        f"kernels: attention {training.attention_kernel}, "
+        f"{config.kernels.described(training.norm_kernel, training.optimizer_kernel, training.state.device.type)}"
     )
     if config.fp8.fp8_format is not None:
         log.info(f"fp8: {linear_kernels.describe(config.fp8, model.num_layers, training.state.device)}")
