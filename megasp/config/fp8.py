@@ -72,6 +72,11 @@ class Fp8Config:
     def backend(self) -> str:
         return self.fp8_backend or "auto"
 
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Those to try, in order."""
+        return tuple(BACKENDS) if self.backend == "auto" else (self.backend,)
+
     def layers(self, count: int) -> range:
         """Those of a model's layers whose linear layers compute in fp8."""
         if self.fp8_format is None:

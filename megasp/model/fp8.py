@@ -191,7 +191,10 @@ class Fp8:
         x_turned = gather * x8 if turned or gather > 1 or self.keeps_input else 0
         last = held - (copies - 1) * y8 + x + turned * y8 + x_turned + made
         backward = max(copies * y8 + between * gather * rows * outputs, held + input_gradient, last)
-        kept, waiting = ({}, x) if self.keeps_input else ({f"inputs of {name}, fp8": x8}, x8)
+        kept, waiting = {f"inputs of {name}, fp8": x8}, x8
+        if self.keeps_input:  # which something else counts
+            scales = x8 - rows * inputs
+            kept, waiting = {f"scales of {name}, fp8": scales} if scales else {}, x + scales
         return Part(name, y, forward, backward, kept, keeps_input=self.keeps_input, deferred=waiting + y8)
 
     def _bytes(self, elements: int, of: str) -> int:

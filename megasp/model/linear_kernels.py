@@ -43,7 +43,7 @@ def choose(config: Fp8Config, device: torch.device) -> str:
         raise ConfigError(f"--fp8-format on {name}", "AMD GPUs have fp8 formats of their own", "use --bf16 alone")
     capability = torch.cuda.get_device_capability(device)
     reasons = []
-    for backend in BACKENDS if config.backend == "auto" else (config.backend,):
+    for backend in config.backends:
         reason = refusal(backend, config.recipe, capability) or missing(backend)
         if reason is None:
             return backend

@@ -18,6 +18,7 @@ from megasp.local_ranks import run_ranks
 from megasp.model import ColumnParallelLinear, Factory, fp8
 from megasp.model.fp8 import E4M3, E5M2, Fp8
 from megasp.model.fp8_transformer_engine import TransformerEngineFp8
+from megasp.model.products import FEATURES, GRADIENT, INPUT, ROWS, WEIGHT
 from megasp.model.weight_gradients import WeightGradients, compute
 from megasp.parallel_state import Axis
 from tests.unit.model.test_saved import saved
@@ -219,6 +220,21 @@ def agree(recipe: str, gradient: torch.dtype, hopper: bool, **options: Any) -> N
 def test_as_pytorchs(recipe: str, gradient: torch.dtype, hopper: bool) -> None:
     """The same operands, so results differ by the order of sums alone."""
     agree(recipe, gradient, hopper)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("hopper", [True, False])
+def test_casts(recipe: str, hopper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operands are what `Fp8` makes of a tensor, wherever values and scales lie in memory."""
+    for name, module in fake(hopper).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    x = torch.randn(S, B, F, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for of, over in itertools.product((INPUT, WEIGHT, GRADIENT), ((FEATURES,), (ROWS,), (FEATURES, ROWS))):
+        ours, theirs = (kind(recipe).cast(x, *over, of=of) for kind in (Fp8, TransformerEngineFp8))
+        for want, got in zip(ours, theirs, strict=True):
+            assert torch.equal(got.values.view(torch.uint8), want.values.view(torch.uint8))
+            assert got.scale is not None and want.scale is not None and got.scale.dtype == want.scale.dtype
+            assert got.scale.shape == want.scale.shape and torch.equal(got.scale.float(), want.scale.float())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
