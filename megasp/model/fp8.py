@@ -187,7 +187,8 @@ class Fp8:
         cast_weight = between * weight + weight8
         forward = max(copies * x8 + between * rows * inputs, copies * x8 + gathered + max(cast_weight, weight8 + y))
         held = copies * y8 + (x8 if self.keeps_input else 0) + gathered
-        input_gradient = max(cast_weight, (1 + turned) * weight8 + dx, weight8 + dx + (x if gather > 1 else 0))
+        summed = weight8 + dx + (x if gather > 1 else 0)
+        input_gradient = max(cast_weight, 2 * weight8, (1 + turned) * weight8 + dx, summed)
         x_turned = gather * x8 if turned or gather > 1 or self.keeps_input else 0
         last = held - (copies - 1) * y8 + x + turned * y8 + x_turned + made
         backward = max(copies * y8 + between * gather * rows * outputs, held + input_gradient, last)

@@ -17,6 +17,9 @@ FP8: dict[str, type[Fp8]] = {"torch": Fp8, "transformer-engine": TransformerEngi
 TRANSFORMER_ENGINE = (2, 20)
 """The first version whose products are as they are called here."""
 
+BLOCKWISE_CUDA = (12, 9)
+"""The first whose cuBLAS has products with scales of 128 values."""
+
 
 def products(config: Fp8Config, layer: int, layers: int, backend: str | None = None) -> Products:
     """Those of one of a model's `layers` layers.
@@ -44,28 +47,36 @@ def choose(config: Fp8Config, device: torch.device) -> str:
     capability = torch.cuda.get_device_capability(device)
     reasons = []
     for backend in config.backends:
-        reason = refusal(backend, config.recipe, capability) or missing(backend)
+        reason = refusal(backend, config.recipe, capability) or missing(backend, config.recipe)
         if reason is None:
             return backend
         reasons.append(f"{backend}: {reason}")
-    fixes = [f"--fp8-recipe {' or '.join(served)}"] if (served := recipes(device)) else ["--bf16 alone"]
+    served = recipes(device)
+    fix = f"--fp8-recipe {' or '.join(served)}" if served else "--bf16 alone"
     if config.backend != "auto" and config.recipe in served:
-        fixes = ["--fp8-backend auto"]
+        fix = "--fp8-backend auto"
     given = f"--fp8-recipe {config.recipe} on {name}, compute capability {'.'.join(map(str, capability))}"
-    raise ConfigError(given, "; ".join(reasons), f"use {fixes[0]}")
+    raise ConfigError(given, "; ".join(reasons), f"use {fix}")
 
 
-def missing(backend: str) -> str | None:
-    """Why a backend is not to be had on this machine, or None where it is."""
+def missing(backend: str, recipe: str) -> str | None:
+    """What a backend lacks on this machine for a recipe, or None where it has everything."""
+    cuda = torch.version.cuda
+    if recipe == "blockwise" and cuda is not None and _version(cuda) < BLOCKWISE_CUDA:
+        return f"{recipe} products need CUDA {'.'.join(map(str, BLOCKWISE_CUDA))} or later, not {cuda}"
     if backend == "torch":
         return None
     facts = NORM_KERNELS[backend]
     if not facts.installed:
         return f"it is not installed here (module {facts.module}; {facts.source})"
     version = importlib.metadata.version("transformer_engine")
-    if tuple(int(part) for part in version.split(".")[:2]) < TRANSFORMER_ENGINE:
+    if _version(version) < TRANSFORMER_ENGINE:
         return f"it must be {'.'.join(map(str, TRANSFORMER_ENGINE))} or later, not {version}"
     return None
+
+
+def _version(dotted: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in dotted.split(".")[:2])
 
 
 def recipes(device: torch.device) -> dict[str, list[str]]:
@@ -75,7 +86,7 @@ def recipes(device: torch.device) -> dict[str, list[str]]:
         capability = torch.cuda.get_device_capability(device)
         for backend, recipes in BACKENDS.items():
             for recipe in recipes:
-                if not (refusal(backend, recipe, capability) or missing(backend)):
+                if not (refusal(backend, recipe, capability) or missing(backend, recipe)):
                     served.setdefault(recipe, []).append(backend)
     return served
 

@@ -321,6 +321,15 @@ def test_machines_without_it_are_refused(
         linear_kernels.choose(Fp8Config(fp8_format="e4m3", fp8_recipe=recipe, fp8_backend=backend), CUDA)
 
 
+def test_blocks_need_a_new_cublas(gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert list(linear_kernels.recipes(CUDA)) == ["tensorwise", "rowwise"]
+    with pytest.raises(ConfigError, match=r"torch: blockwise products need CUDA 12\.9 or later, not 12\.8"):
+        linear_kernels.choose(Fp8Config(fp8_format="e4m3", fp8_recipe="blockwise"), CUDA)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert list(linear_kernels.recipes(CUDA)) == ["tensorwise", "rowwise", "blockwise"]
+
+
 def test_other_devices(gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert linear_kernels.choose(Fp8Config(fp8_format="e4m3"), torch.device("cpu")) == "torch"
     monkeypatch.setattr(torch, "version", SimpleNamespace(hip="6.4"))
