@@ -143,6 +143,13 @@ class Row:
         )
 
     @property
+    def stage_layout(self) -> str:
+        """Which layers are where, as the source's code splits them, in the words of --pipeline-model-parallel-layout."""
+        stages = self.number("pp") * self.number("vpp")
+        split = _by_cost(self, stages) if self["framework"] == "nanotron" else _evenly(self.number("layers"), stages)
+        return "E" + "|".join("t" * layers for layers in split) + "L"
+
+    @property
     def job(self) -> Job:
         dp, cp, ulysses = self.number("dp"), self.number("cp"), self.number("ulysses")
         inner = {"INTERNEVO": 8}.get(self["source"], 128 if "fsdp=128" in self["notes"] else dp)
@@ -156,9 +163,7 @@ class Row:
             dataclasses.asdict(model)
             | {"seq_length": self.number("seq_len"), "pipeline_model_parallel_size": layout.pp}
             | ({"num_virtual_stages_per_pipeline_rank": chunks} if plan.chunks > 1 else {})
-            # NeMo counts the embedding and the loss as layers: with two layers fewer than stages the ends have none.
-            | ({"pipeline_model_parallel_layout": f"E|(t|)*{model.num_layers}L"}
-               if model.num_layers == plan.stages - 2 else {})
+            | ({"pipeline_model_parallel_layout": self.stage_layout} if layout.pp > 1 else {})
         )  # fmt: skip
         return Job(
             model=model,
@@ -176,6 +181,30 @@ class Row:
             offload_activations=0.5 if "offload 40 layers" in self["offload"] else 0.0,
             software=STACKS["Megatron-LM 2022" if self["source"] == "K22" else self["framework"]],
         )
+
+
+def _evenly(layers: int, stages: int) -> list[int]:
+    """Megatron-LM splits evenly. Where that does not go, its users count embedding and head as a layer each (the
+    zero-bubble paper, and NeMo's --account-for-embedding-in-pipeline-split and -loss-)."""
+    each, left = divmod(layers, stages)
+    if not left:
+        return [each] * stages
+    each, left = divmod(layers + 2, stages)
+    assert not left, f"{layers} layers over {stages} stages"
+    return [each - 1, *[each] * (stages - 2), each - 1]
+
+
+def _by_cost(row: Row, stages: int) -> list[int]:
+    """nanotron's `build_model` (models/base.py): a stage takes blocks until their summed cost passes its share, the block
+    that passes it included. Costs are elements of a layer's matrices, of 4 h^2 whatever the kv heads, and of the head."""
+    hidden, layers = row.number("hidden"), row.number("layers")
+    layer, head = hidden * (4 * hidden + 3 * row.number("ffn")), hidden * row.number("vocab")
+    share = (layers * layer + head) / stages
+    split, stage = [0] * stages, 0
+    for number in range(1, layers + 1):
+        split[stage] += 1
+        stage += number * layer > (stage + 1) * share
+    return split
 
 
 def _recompute(words: str) -> Redone:
