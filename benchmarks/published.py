@@ -35,6 +35,7 @@ NOT_STATED = {
 BOTH, BACKWARD, NONE = frozenset({"forward", "backward"}), frozenset({"backward"}), frozenset[str]()
 
 MEGATRON = Software("fused", True, BOTH, 2, 2)
+ZERO_BUBBLE = Software("flash", True, NONE, 4, overlap_messages=False)  # its scripts: --no-overlap-p2p-communication
 STACKS = {
     # Transformer Engine, cuDNN attention, user-buffer overlap of tensor parallelism, bf16 gradients in the recipes.
     "NeMo/Megatron-Core": MEGATRON,
@@ -42,9 +43,9 @@ STACKS = {
     "Megatron-LM core r0.8.0": MEGATRON,
     "MaxText": MEGATRON,  # XLA fuses and schedules collectives asynchronously; cuDNN attention
     "Megatron-LM": MEGATRON,
-    "Megatron-LM 2022": Software("unfused", True, NONE, 4),  # fused softmax, scores in memory
-    "zero-bubble (1F1B)": Software("flash", True, NONE, 4),
-    "zero-bubble (1F1B-I)": Software("flash", True, NONE, 4),
+    "Megatron-LM 2022": Software("unfused", True, NONE, 4, overlap_messages=False),  # fused softmax, scores in memory
+    "zero-bubble (1F1B)": ZERO_BUBBLE,
+    "zero-bubble (1F1B-I)": ZERO_BUBBLE,
     "llm-foundry (PyTorch FSDP)": Software("triton", False, NONE, 2),  # eager PyTorch
     "torchtitan": Software("flash", True, NONE, 4),  # torch.compile
     "fms-fsdp": Software("flash", True, NONE, 2),  # torch.compile

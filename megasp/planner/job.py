@@ -51,6 +51,7 @@ class Software:
         fused: norms, rotary positions, activations and the loss each run as one kernel (hand-written or compiled);
             otherwise every operation of them reads and writes memory.
         overlap_tensor: in which directions tensor-parallel communication runs behind the GEMMs beside it.
+        overlap_messages: whether what pipeline ranks send one another runs behind the next action.
         gradient_bytes: of an element of the gradients that data-parallel ranks reduce.
         partial_bytes: of an element of the ring's sums of gradients on their way.
         accumulate_bytes: read and written for a weight and a microbatch to add its gradient up, where the product does
@@ -70,6 +71,7 @@ class Software:
     cast_bytes: int = 6
     cast_weight_bytes: int = 0
     gather_bytes: int = 2
+    overlap_messages: bool = True
 
 
 MEGASP = Software(accumulate_bytes=14, cast_bytes=11, cast_weight_bytes=9, gather_bytes=1)
