@@ -36,6 +36,10 @@ BOTH, BACKWARD, NONE = frozenset({"forward", "backward"}), frozenset({"backward"
 
 MEGATRON = Software("fused", True, BOTH, 2, 2)
 ZERO_BUBBLE = Software("flash", True, NONE, 4, overlap_messages=False)  # its scripts: --no-overlap-p2p-communication
+NANOTRON = Software("flash", False, NONE, 4, accumulate_bytes=10, overlap_messages=False)
+"""A microbatch's bf16 gradients are added to fp32 sums by a kernel of their own (optim/gradient_accumulator.py); each
+message waits for its transfer, its shape's before it (parallel/pipeline_parallel/p2p.py)."""
+
 STACKS = {
     # Transformer Engine, cuDNN attention, user-buffer overlap of tensor parallelism, bf16 gradients in the recipes.
     "NeMo/Megatron-Core": MEGATRON,
@@ -49,7 +53,9 @@ STACKS = {
     "llm-foundry (PyTorch FSDP)": Software("triton", False, NONE, 2),  # eager PyTorch
     "torchtitan": Software("flash", True, NONE, 4),  # torch.compile
     "fms-fsdp": Software("flash", True, NONE, 2),  # torch.compile
-    "nanotron": Software("flash", False, NONE, 4),
+    "nanotron": NANOTRON,
+    # Without DDP: `sync_gradients_across_dp(reduce_scatter=False)` after the last backward (trainer.py).
+    "nanotron ZeRO-1": dataclasses.replace(NANOTRON, overlap_gradients=False, whole_gradients=True),
     "InternEvo": Software("flash", True, NONE, 2),
     "DistFlashAttn (ring)": Software("flash", False, NONE, 2, 2),  # on Hugging Face's model code
     "DeepSpeed-Ulysses": Software("flash", False, NONE, 2),
@@ -144,6 +150,13 @@ class Row:
         )
 
     @property
+    def stack(self) -> str:
+        """Its code base, as `STACKS` names it."""
+        if self["source"] == "K22":
+            return "Megatron-LM 2022"
+        return self["framework"] + " ZeRO-1" * (self["framework"] == "nanotron" and self["zero_stage"] == "1")
+
+    @property
     def stage_layout(self) -> str:
         """Which layers are where, as the source's code splits them, in the words of --pipeline-model-parallel-layout."""
         stages = self.number("pp") * self.number("vpp")
@@ -180,7 +193,7 @@ class Row:
             zero=self.number("zero_stage", 0),
             recompute=_recompute(self["recompute"]),
             offload_activations=0.5 if "offload 40 layers" in self["offload"] else 0.0,
-            software=STACKS["Megatron-LM 2022" if self["source"] == "K22" else self["framework"]],
+            software=STACKS[self.stack],
         )
 
 

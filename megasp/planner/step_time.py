@@ -216,13 +216,18 @@ def _gradients(job: Job, rates: Rates, forward: float, backward: float, rank: in
     if job.zero == 3:
         outer = rates.collective(replicas, width * parameters / shard.size, "reduce")
         return outer
+    if not job.software.overlap_gradients:
+        forward = backward = 0.0
     if job.zero == 0:
         return _exposed(rates.collective(both, width * parameters, "reduce"), backward, rates, first)
-    reduce = rates.collective(shard, width * parameters)
-    if job.zero == 2:
-        reduce *= job.microbatches
-        backward *= job.microbatches
-    reduce += rates.collective(replicas, width * parameters / shard.size, "reduce")
+    if job.software.whole_gradients:
+        reduce = rates.collective(both, width * parameters, "reduce")
+    else:
+        reduce = rates.collective(shard, width * parameters)
+        if job.zero == 2:
+            reduce *= job.microbatches
+            backward *= job.microbatches
+        reduce += rates.collective(replicas, width * parameters / shard.size, "reduce")
     gather = rates.collective(shard, 2.0 * parameters)
     return _exposed(reduce, backward, rates, first) + _exposed(gather, forward, rates, first)
 
