@@ -131,8 +131,8 @@ def memory_table() -> list[str]:
     ]
     for row in sorted(made, key=lambda row: row.error):
         lines.append(
-            f"    {row.error:+5.0%}  {row.row['id']:14} {row.row['model']} {row.layout} micro-batch "
-            f"{row.row['micro_batch']}: {row.predicted / 1e9:.1f} GB, measured {row.measured / 1e9:.1f}"
+            f"    {row.error:+5.0%}  {row.row['id']:14} {row.row['model']} {row.job.layout.name} "
+            f"micro-batch {row.row['micro_batch']}: {row.predicted / 1e9:.1f} GB, measured {row.measured / 1e9:.1f}"
         )
     left = Counter(published_memory.reasons()).most_common()
     return [*lines, "left out:", *(f"    {number:4}  {reason}" for reason, number in left)]

@@ -193,7 +193,7 @@ class Row:
             zero=self.number("zero_stage", 0),
             recompute=_recompute(self["recompute"]),
             offload_activations=0.5 if "offload 40 layers" in self["offload"] else 0.0,
-            software=STACKS[self.stack],
+            software=STACKS.get(self.stack, Software()),  # memory is asked of others, too
         )
 
 
