@@ -20,8 +20,10 @@ from megasp.sequence_parallel.memory import AttentionSizes
 ROUNDS = 2
 """A schedule holds most within the first microbatches, so many times the pipeline's ranks (planner/memory.py)."""
 
-UNITS = {"NANOTRON": 2**30}
-"""Where a source's "GB" is not 10^9 bytes: nanotron's `log_throughput` divides by 1024^3 (src/nanotron/helpers.py)."""
+PRINTED = {"NANOTRON": (2**30, True)}
+"""Unit, and whether the allocator's reservation is meant, where the source's code says more than the source: nanotron's
+`log_throughput` (src/nanotron/helpers.py) divides by 1024^3. It prints allocated and reserved memory; that its picture
+shows the second is our reading."""
 
 
 def left_out(row: Row) -> str | None:
@@ -51,8 +53,13 @@ def reasons() -> list[str]:
 
 def measured(row: Row) -> float:
     """The published peak in bytes."""
-    unit = 2**30 if "GiB" in row["mem_kind"] else UNITS.get(row["source"], 1e9)
+    unit, _ = PRINTED.get(row["source"], (2**30 if "GiB" in row["mem_kind"] else 1e9, False))
     return float(row["peak_mem_GB"]) * unit
+
+
+def measures_reserved(row: Row) -> bool:
+    """Whether what is measured is what PyTorch's allocator has taken, of which tensors use a part."""
+    return PRINTED.get(row["source"], (0, "reserved" in row["mem_kind"]))[1]
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ class MemoryRow:
     def predicted(self) -> float:
         """The fullest pipeline rank, and where that was measured what the allocator has taken for it."""
         allocated = max(self._rank(rank) for rank in range(self.job.plan.ranks))
-        return allocated * (1 + RESERVED * ("reserved" in self.row["mem_kind"]))
+        return allocated * (1 + RESERVED * (measures_reserved(self.row)))
 
     def _rank(self, rank: int) -> float:
         job, stack, plan = self.job, self.stack, self.job.plan
@@ -114,11 +121,10 @@ class MemoryRow:
         elements = sum(piece.elements for pieces in stages.values() for piece in pieces)
         shards = job.layout.dp_inner * job.layout.cp
         replicas = shards * job.layout.dp_outer
-        return (
-            stack.states(elements, self._layer.elements, self._table, shards, replicas, job.zero)
-            + fullest(actions, stages, stack.made)
-            + stack.gathered * 2 * job.tokens * job.model.hidden_size * (job.layout.tp > 1)
-        )
+        queued = min(stack.queued, max(len(stage.layers) for stage in job.stages if owner[stage.number] == rank))
+        whole = (stack.gathered + 2 * queued) * 2 * job.tokens * job.model.hidden_size if job.layout.tp > 1 else 0
+        states = stack.states(elements, self._elements, self._table, shards, replicas, job.zero)
+        return states + fullest(actions, stages, stack.made) + whole
 
     @property
     def _table(self) -> float:

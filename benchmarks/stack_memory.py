@@ -36,6 +36,8 @@ class Stack:
             not sharded over several ranks.
         logits: bytes of a logit at a time, at most.
         gathered: buffers for a whole sequence of the residual stream that stay, where tensor parallelism splits it.
+        queued: layers that a GPU may be behind when the forward has been launched, where collectives' inputs wait for it
+            (`record_stream`): of each the outputs of both row-parallel products, not yet summed.
         keeps_output: whether a pipeline rank keeps what it has sent until the backward.
         working: what a layer's backward holds of the scores beside what was kept.
     """
@@ -46,6 +48,7 @@ class Stack:
     made: int = 0
     buckets: int = 0
     gathered: int = 0
+    queued: int = 0
     keeps_output: bool = False
     working: int = 0
 
@@ -133,8 +136,11 @@ STACKS = {
     # fp32 sums in one buffer, to which a backward's bf16 gradients are added at its end (optim/gradient_accumulator.py);
     # DistributedDataParallel without ZeRO (trainer.py, `make_ddp`), its buckets beside; logits cast to fp32 and the
     # shifted copy that becomes the softmax; MemoryBuffer's "allgather" and "allgather2"; activations sent are kept
-    # (parallel/pipeline_parallel/engine.py).
-    "nanotron": Stack({"none": NANOTRON_LAYER}, logits=8, gradients=4, made=2, buckets=2, gathered=2, keeps_output=True),
+    # (parallel/pipeline_parallel/engine.py). It leaves TORCH_NCCL_AVOID_RECORD_STREAMS alone: what NCCL reads is not
+    # used again before the GPU is there. CUDA queues some 1024 launches, and a layer's forward has some 30.
+    "nanotron": Stack(
+        {"none": NANOTRON_LAYER}, logits=8, gradients=4, made=2, buckets=2, gathered=2, queued=34, keeps_output=True
+    ),
     # fp32 shards and gradients (FSDP2); cross entropy in fp32: log-softmax, its gradient, the logits' gradient.
     "torchtitan": Stack(TITAN, logits=12, gradients=4),
     # With the vocabulary split: torch/distributed/tensor/parallel/loss.py adds, exponentiates and multiplies anew.
