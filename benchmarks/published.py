@@ -158,9 +158,10 @@ class Row:
 
     @property
     def stage_layout(self) -> str:
-        """Which layers are where, as the source's code splits them, in the words of --pipeline-model-parallel-layout."""
+        """Which layers are where, as the source's code splits them, in words of --pipeline-model-parallel-layout."""
         stages = self.number("pp") * self.number("vpp")
-        split = _by_cost(self, stages) if self["framework"] == "nanotron" else _evenly(self.number("layers"), stages)
+        sizes = {name: self.number(name) for name in ("layers", "hidden", "ffn", "vocab")}
+        split = by_cost(stages, **sizes) if self["framework"] == "nanotron" else evenly(sizes["layers"], stages)
         return "E" + "|".join("t" * layers for layers in split) + "L"
 
     @property
@@ -197,7 +198,7 @@ class Row:
         )
 
 
-def _evenly(layers: int, stages: int) -> list[int]:
+def evenly(layers: int, stages: int) -> list[int]:
     """Megatron-LM splits evenly. Where that does not go, its users count embedding and head as a layer each (the
     zero-bubble paper, and NeMo's --account-for-embedding-in-pipeline-split and -loss-)."""
     each, left = divmod(layers, stages)
@@ -208,11 +209,11 @@ def _evenly(layers: int, stages: int) -> list[int]:
     return [each - 1, *[each] * (stages - 2), each - 1]
 
 
-def _by_cost(row: Row, stages: int) -> list[int]:
-    """nanotron's `build_model` (models/base.py): a stage takes blocks until their summed cost passes its share, the block
-    that passes it included. Costs are elements of a layer's matrices, of 4 h^2 whatever the kv heads, and of the head."""
-    hidden, layers = row.number("hidden"), row.number("layers")
-    layer, head = hidden * (4 * hidden + 3 * row.number("ffn")), hidden * row.number("vocab")
+def by_cost(stages: int, layers: int, hidden: int, ffn: int, vocab: int) -> list[int]:
+    """nanotron's `build_model` (models/base.py): a stage takes blocks until their summed cost passes its share, the
+    block that passes it included. Costs are elements of a layer's matrices, 4 h^2 of attention whatever the kv heads,
+    and of the head."""
+    layer, head = hidden * (4 * hidden + 3 * ffn), hidden * vocab
     share = (layers * layer + head) / stages
     split, stage = [0] * stages, 0
     for number in range(1, layers + 1):

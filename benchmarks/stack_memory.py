@@ -1,5 +1,5 @@
-"""What other training stacks hold on a GPU, stated from their code: which tensors a layer keeps for its backward, copies
-of weights and gradients, and how much of the logits exists at a time.
+"""What other training stacks hold on a GPU, stated from their code: which tensors a layer keeps for its backward,
+copies of weights and gradients, and how much of the logits exists at a time.
 
 megasp's own account (`training/memory.py`) is of its lean Functions and is not used for what others keep. It stands in
 for one thing alone: what a layer's backward works with beside what was kept, for the products there are the same.
@@ -36,8 +36,8 @@ class Stack:
             not sharded over several ranks.
         logits: bytes of a logit at a time, at most.
         gathered: buffers for a whole sequence of the residual stream that stay, where tensor parallelism splits it.
-        queued: layers that a GPU may be behind when the forward has been launched, where collectives' inputs wait for it
-            (`record_stream`): of each the outputs of both row-parallel products, not yet summed.
+        queued: layers that a GPU may be behind when the forward has been launched, where collectives' inputs wait for
+            it (`record_stream`): of each the outputs of both row-parallel products, not yet summed.
         keeps_output: whether a pipeline rank keeps what it has sent until the backward.
         working: what a layer's backward holds of the scores beside what was kept.
     """
@@ -95,9 +95,9 @@ MEGATRON_TE = (
     Kept("input of the activation", 2, "up"),
     Kept("output of the activation", 2, "ffn"),
 )
-"""Megatron-Core with Transformer Engine: `get_query_key_value_tensors` splits one tensor and `apply_rotary_pos_emb` makes
-q and k anew (megatron/core/transformer/attention.py); LayerNormLinear saves its normed input, split over the sequence
-(transformer_engine/pytorch/module/layernorm_linear.py)."""
+"""Megatron-Core with Transformer Engine: `get_query_key_value_tensors` splits one tensor and `apply_rotary_pos_emb`
+makes q and k anew (megatron/core/transformer/attention.py); LayerNormLinear saves its normed input, split over the
+sequence (transformer_engine/pytorch/module/layernorm_linear.py)."""
 
 NANOTRON_LAYER = (
     *NORMS,
@@ -109,8 +109,8 @@ NANOTRON_LAYER = (
     Kept("SiLU of gate", 2, "ffn"),
     Kept("its product with up", 2, "ffn"),
 )
-"""nanotron's LlamaDecoderLayer (models/llama.py): GLUActivation is two eager operations, of which each keeps its output or
-inputs; column-parallel layers keep their share of the input and gather again (`tp_recompute_allgather`,
+"""nanotron's LlamaDecoderLayer (models/llama.py): GLUActivation is two eager operations, which keep their inputs;
+column-parallel layers keep their share of the input and gather again (`tp_recompute_allgather`,
 parallel/tensor_parallel/functional.py)."""
 
 TITAN_FULL = (Kept("input", 2, "stream"),)
@@ -133,11 +133,12 @@ STACKS = {
     "zero-bubble": Stack({"none": MEGATRON_SCORES}, logits=10, gradients=2, working=4),
     # NeMo's recipes reduce in bf16; the fused loss works in fp32 in place (core/fusions/fused_cross_entropy.py).
     "NeMo/Megatron-Core": Stack({"none": MEGATRON_TE}, logits=6, gradients=2),
-    # fp32 sums in one buffer, to which a backward's bf16 gradients are added at its end (optim/gradient_accumulator.py);
-    # DistributedDataParallel without ZeRO (trainer.py, `make_ddp`), its buckets beside; logits cast to fp32 and the
-    # shifted copy that becomes the softmax; MemoryBuffer's "allgather" and "allgather2"; activations sent are kept
-    # (parallel/pipeline_parallel/engine.py). It leaves TORCH_NCCL_AVOID_RECORD_STREAMS alone: what NCCL reads is not
-    # used again before the GPU is there. CUDA queues some 1024 launches, and a layer's forward has some 30.
+    # fp32 sums in one buffer, to which a backward's bf16 gradients are added at its end
+    # (optim/gradient_accumulator.py); without ZeRO DistributedDataParallel and its buckets beside (trainer.py,
+    # `make_ddp`); logits cast to fp32 and the shifted copy that becomes the softmax; MemoryBuffer's "allgather" and
+    # "allgather2"; activations sent are kept (parallel/pipeline_parallel/engine.py). It leaves
+    # TORCH_NCCL_AVOID_RECORD_STREAMS alone, which torchtitan and NeMo set: what NCCL reads is not used again before the
+    # GPU is there. CUDA queues some 1024 launches, and a layer's forward has some 30.
     "nanotron": Stack(
         {"none": NANOTRON_LAYER}, logits=8, gradients=4, made=2, buckets=2, gathered=2, queued=34, keeps_output=True
     ),
