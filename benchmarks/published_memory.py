@@ -1,7 +1,7 @@
 """Published peak memory beside what the stack's code holds by `stack_memory.py`.
 
 A row is compared where the source says what a GPU holds: `left_out` has the rules. A peak below what the row's own
-layout needs at least (`least`) contradicts itself and is not compared either, whichever way a prediction would miss it.
+layout needs at least (`MemoryRow.least`) contradicts itself and is not compared either.
 """
 
 from dataclasses import dataclass
@@ -110,7 +110,7 @@ class MemoryRow:
     def predicted(self) -> float:
         """The fullest pipeline rank, and where that was measured what the allocator has taken for it."""
         allocated = max(self._rank(rank) for rank in range(self.job.plan.ranks))
-        return allocated * (1 + RESERVED * (measures_reserved(self.row)))
+        return allocated * (1 + RESERVED * measures_reserved(self.row))
 
     def _rank(self, rank: int) -> float:
         job, stack, plan = self.job, self.stack, self.job.plan
