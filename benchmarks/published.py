@@ -35,7 +35,8 @@ NOT_STATED = {
 BOTH, BACKWARD, NONE = frozenset({"forward", "backward"}), frozenset({"backward"}), frozenset[str]()
 
 MEGATRON = Software("fused", True, BOTH, 2, 2)
-ZERO_BUBBLE = Software("flash", True, NONE, 4, overlap_messages=False)  # its scripts: --no-overlap-p2p-communication
+ZERO_BUBBLE = Software("fused softmax", True, NONE, 4, overlap_messages=False)
+"""Scores in memory, as its peaks show; its scripts have --no-overlap-p2p-communication."""
 NANOTRON = Software("flash", False, NONE, 4, accumulate_bytes=10, overlap_messages=False)
 """A microbatch's bf16 gradients are added to fp32 sums by a kernel of their own (optim/gradient_accumulator.py); each
 message waits for its transfer, its shape's before it (parallel/pipeline_parallel/p2p.py)."""
@@ -47,7 +48,7 @@ STACKS = {
     "Megatron-LM core r0.8.0": MEGATRON,
     "MaxText": MEGATRON,  # XLA fuses and schedules collectives asynchronously; cuDNN attention
     "Megatron-LM": MEGATRON,
-    "Megatron-LM 2022": Software("unfused", True, NONE, 4, overlap_messages=False),  # fused softmax, scores in memory
+    "Megatron-LM 2022": Software("fused softmax", True, NONE, 4, overlap_messages=False),
     "zero-bubble (1F1B)": ZERO_BUBBLE,
     "zero-bubble (1F1B-I)": ZERO_BUBBLE,
     "llm-foundry (PyTorch FSDP)": Software("triton", False, NONE, 2),  # eager PyTorch

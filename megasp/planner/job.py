@@ -47,7 +47,7 @@ class Software:
     """What a training stack does that the layout does not say.
 
     Attributes:
-        attention: its kernel, by the names of --attention-backend; "unfused" writes the scores out.
+        attention: its kernel, by the names of --attention-backend; "unfused" and "fused softmax" write the scores out.
         fused: norms, rotary positions, activations and the loss each run as one kernel (hand-written or compiled);
             otherwise every operation of them reads and writes memory.
         overlap_tensor: in which directions tensor-parallel communication runs behind the GEMMs beside it.
