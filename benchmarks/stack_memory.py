@@ -136,9 +136,9 @@ STACKS = {
     # fp32 sums in one buffer, to which a backward's bf16 gradients are added at its end
     # (optim/gradient_accumulator.py); without ZeRO DistributedDataParallel and its buckets beside (trainer.py,
     # `make_ddp`); logits cast to fp32 and the shifted copy that becomes the softmax; MemoryBuffer's "allgather" and
-    # "allgather2"; activations sent are kept (parallel/pipeline_parallel/engine.py). It leaves
-    # TORCH_NCCL_AVOID_RECORD_STREAMS alone, which torchtitan and NeMo set: what NCCL reads is not used again before the
-    # GPU is there. CUDA queues some 1024 launches, and a layer's forward has some 30.
+    # "allgather2"; activations sent are kept (parallel/pipeline_parallel/engine.py). Nothing of it sets
+    # TORCH_NCCL_AVOID_RECORD_STREAMS, as torchtitan (`init_distributed`) and NVIDIA's scripts for NeMo do: what NCCL
+    # reads is not used again before the GPU is there. CUDA queues some 1024 launches, a layer's forward has some 30.
     "nanotron": Stack(
         {"none": NANOTRON_LAYER}, logits=8, gradients=4, made=2, buckets=2, gathered=2, queued=34, keeps_output=True
     ),
