@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from benchmarks.published import Row, rows
-from benchmarks.stack_memory import OPTIMIZER, RESERVED, STACKS, Piece, Stack, fullest, kept_bytes, widths
+from benchmarks.stack_memory import OPTIMIZER, STACKS, Piece, Stack, fullest, kept_bytes, widths
 from megasp.config.recompute import Recompute
 from megasp.config.stages import Stage as Part
 from megasp.footprint import Footprint
 from megasp.model.memory import Sizes, layer_footprint, layer_parameters
 from megasp.pipeline.schedules import placement, schedule
 from megasp.planner.job import Job
+from megasp.planner.memory import FRAGMENTATION, ROUNDS
 from megasp.sequence_parallel.memory import AttentionSizes
-
-ROUNDS = 2
-"""A schedule holds most within the first microbatches, so many times the pipeline's ranks (planner/memory.py)."""
 
 PRINTED = {"NANOTRON": (2**30, True)}
 """Unit, and whether the allocator's reservation is meant, where the source's code says more than the source: nanotron's
@@ -110,7 +108,7 @@ class MemoryRow:
     def predicted(self) -> float:
         """The fullest pipeline rank, and where that was measured what the allocator has taken for it."""
         allocated = max(self._rank(rank) for rank in range(self.job.plan.ranks))
-        return allocated * (1 + RESERVED * measures_reserved(self.row))
+        return allocated * (1 + FRAGMENTATION * measures_reserved(self.row))
 
     def _rank(self, rank: int) -> float:
         job, stack, plan = self.job, self.stack, self.job.plan

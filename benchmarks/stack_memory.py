@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from megasp.config.schema import ModelConfig
 from megasp.pipeline.schedules import Action
 
-RESERVED = 0.04
-"""Share of what PyTorch's allocator has taken and cannot use: the planner's assumption (planner/memory.py)."""
-
 
 @dataclass(frozen=True)
 class Kept:
