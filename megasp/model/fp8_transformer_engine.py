@@ -26,27 +26,27 @@ class TransformerEngineFp8(Fp8):
     casts_transposed = True
 
     def cast(self, x: Tensor, *over: int, of: str = INPUT, gather: Axis | None = None) -> tuple[Operand, ...]:
-        rows, width = x.contiguous().view(-1, x.shape[-1]), x.shape[-1]
+        rows, dtype, block = x.contiguous().view(-1, x.shape[-1]), self.dtype(of), self.block(of)
         # Casts that serve both products with the same scales always write the one by features.
-        by_features = FEATURES in over or self.block(of).along == self.block(of).across
+        by_features = FEATURES in over or block.along == block.across
         # What is gathered over dim 0 is not stored transposed, where both have one scale.
         by_rows = ROWS in over and not (gather is not None and self.recipe == "tensorwise")
         operands: dict[int, Operand] = {}
         if self.recipe == "tensorwise":
-            scale = self.scale(x, self.block(of), FEATURES, of, gather)
+            scale = self.scale(x, block, FEATURES, of, gather)
             cast = self._quantizer(of, by_features, by_rows, scale)(rows)
-            operands[FEATURES] = operands[ROWS] = Operand(_fp8(cast._data, self.dtype(of)).view(x.shape), scale)
+            operands[FEATURES] = operands[ROWS] = Operand(cast._data.view(dtype).view(x.shape), scale)
             if cast._transpose is not None:  # Hopper: it multiplies along contiguous dims alone
-                operands[ROWS] = Operand(_fp8(cast._transpose, self.dtype(of)).t().view(x.shape), scale)
+                operands[ROWS] = Operand(cast._transpose.view(dtype).t().view(x.shape), scale)
             return tuple(operands[dim] for dim in over)
         cast = self._quantizer(of, by_features, by_rows)(rows)
         if by_features:
-            values, scale = _fp8(cast._rowwise_data, self.dtype(of)), cast._rowwise_scale_inv
-            operands[FEATURES] = Operand(values.view(x.shape), self._compact(scale, of, width, transposed=False))
+            scale = self._compact(cast._rowwise_scale_inv, of, rows.shape[1], transposed=False)
+            operands[FEATURES] = Operand(cast._rowwise_data.view(dtype).view(x.shape), scale)
         if by_rows:
-            values, scale = _fp8(cast._columnwise_data, self.dtype(of)), cast._columnwise_scale_inv
-            values = values if self.recipe == "mxfp8" else values.t()
-            operands[ROWS] = Operand(values.view(x.shape), self._compact(scale, of, len(rows), transposed=True))
+            scale = self._compact(cast._columnwise_scale_inv, of, rows.shape[0], transposed=True)
+            values = cast._columnwise_data.view(dtype)
+            operands[ROWS] = Operand((values if self.recipe == "mxfp8" else values.t()).view(x.shape), scale)
         return tuple(operands[dim] for dim in over)
 
     def _quantizer(self, of: str, by_features: bool, by_rows: bool, scale: Tensor | None = None) -> Any:
@@ -111,10 +111,6 @@ class TransformerEngineFp8(Fp8):
         scale = functional.pad(scale, (0, -scale.shape[1] % 4)) if squares else scale.t()
         facts |= {"columnwise_data": None, "columnwise_scale_inv": None, "is_2D_scaled": squares}
         return te.Float8BlockwiseQTensorStorage(data, scale.contiguous(), **facts), "T"
-
-
-def _fp8(data: Tensor, dtype: torch.dtype) -> Tensor:
-    return data.view(dtype)
 
 
 def _bytes(x: Tensor) -> Tensor:
