@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from megasp.config.context_parallel import split_context
+from megasp.config.fp8 import Fp8Config
 from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.pipeline import PipelinePlan
@@ -47,10 +49,13 @@ class Software:
     """What a training stack does that the layout does not say.
 
     Attributes:
-        attention: its kernel, by the names of --attention-backend; "unfused" writes the scores out.
+        attention: its kernel, by the names of --attention-backend; "unfused" and "fused softmax" write the scores out.
         fused: norms, rotary positions, activations and the loss each run as one kernel (hand-written or compiled);
             otherwise every operation of them reads and writes memory.
         overlap_tensor: in which directions tensor-parallel communication runs behind the GEMMs beside it.
+        overlap_messages: whether what pipeline ranks send one another runs behind the next action.
+        overlap_gradients: whether gradients are reduced behind the backward, and weights gathered behind the forward.
+        whole_gradients: whether ranks that shard the optimizer alone sum all gradients (all-reduce), not their shard's.
         gradient_bytes: of an element of the gradients that data-parallel ranks reduce.
         partial_bytes: of an element of the ring's sums of gradients on their way.
         accumulate_bytes: read and written for a weight and a microbatch to add its gradient up, where the product does
@@ -70,12 +75,25 @@ class Software:
     cast_bytes: int = 6
     cast_weight_bytes: int = 0
     gather_bytes: int = 2
+    overlap_messages: bool = True
+    overlap_gradients: bool = True
+    whole_gradients: bool = False
 
 
 MEGASP = Software(accumulate_bytes=14, cast_bytes=11, cast_weight_bytes=9, gather_bytes=1)
 """megasp on a GPU: eager element-wise operations; the backward's gathers and scatters beside GEMMs; weight gradients
 that are written in fp32 (2 bytes more than in bf16) and added up in it (12); fp8 operands that are read for the largest
 value, scaled, cast, and transposed, one after another, weights in each forward and backward, and gathered in fp8."""
+
+
+def _casts(fp8: Fp8Config) -> dict[str, Any]:
+    """Bytes of fp8's casts. PyTorch's pass twice over an operand whose scales follow the rows, one for each product;
+    Transformer Engine's read it once and write it for both, after a pass for the largest value where it has one scale.
+    """
+    one_scale = fp8.recipe == "tensorwise"
+    if fp8.backend == "transformer-engine":
+        return {"cast_bytes": 6 if one_scale else 4, "cast_weight_bytes": 6 if one_scale else 4}
+    return {"cast_bytes": MEGASP.cast_bytes if one_scale else 20, "cast_weight_bytes": MEGASP.cast_weight_bytes}
 
 
 @dataclass(frozen=True)
@@ -129,6 +147,7 @@ class Job:
                 attention=_attention_kernel(config),
                 gradient_bytes=2 if config.training.grad_reduce_in_bf16 else 4,
                 accumulate_bytes=14 if config.training.widens_gradients("cuda") else 10,
+                **_casts(config.fp8),
             ),
         )
 
