@@ -81,9 +81,7 @@ class ShapeCache:
         """FakeTensor(mode, bare, device), whose attributes are the same for every one of a device."""
         if device not in self._attributes:
             self._attributes[device] = dict(FakeTensor(self.mode, bare, device).__dict__)
-        fake = Tensor._make_subclass(  # type: ignore[attr-defined]
-            FakeTensor, bare, False, dispatch_device=True, device_for_backend_keys=device
-        )
+        fake = Tensor._make_subclass(FakeTensor, bare, False, dispatch_device=True, device_for_backend_keys=device)
         fake.__dict__.update(self._attributes[device])
         return fake
 

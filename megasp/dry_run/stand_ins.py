@@ -95,8 +95,8 @@ def _blocks_once(tracker: Tracker) -> Iterator[None]:
 
         return run
 
-    names = "_forward_block", "_backward_block"
-    with mock.patch.multiple(attend, **{name: once(getattr(attend, name)) for name in names}):
+    forward, backward = (once(getattr(attend, name)) for name in ("_forward_block", "_backward_block"))
+    with mock.patch.multiple(attend, _forward_block=forward, _backward_block=backward):
         yield
 
 

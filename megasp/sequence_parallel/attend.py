@@ -164,7 +164,8 @@ def _forward_block(
 ) -> None:
     """Merge one block's output into these heads of `sums`; `held` is q, and `keys` are k and v of the heads."""
     rows, columns = _index(block, block.q, heads), _index(block, block.k, slice(None))
-    out, lse = job.kernel.forward(held[0][rows], *(x[columns] for x in keys), block, options)
+    k, v = keys
+    out, lse = job.kernel.forward(held[0][rows], k[columns], v[columns], block, options)
     sums.merge(out, lse, rows)
 
 
