@@ -139,17 +139,20 @@ def other_kernels() -> Iterator[Finding]:
     import torch
 
     from megasp.errors import ConfigError
-    from megasp.model import fp8
+    from megasp.model import compiled, fp8
 
     gpu = torch.cuda.is_available()
     devices = ("cuda", "cpu") if gpu else ("cpu",)
     for kind, table in (("norm", NORM_KERNELS), ("optimizer", OPTIMIZER_KERNELS)):
         for name, facts in table.items():
             available = facts.installed and bool(facts.devices.keys() & set(devices))
+            available &= name != "compiled" or not compiled.missing(devices[0])
             yield Finding(f"{kind}: {name}", ("yes: " if available else "no: ") + facts.description)
     for device in devices:
         norm, optimizer = KernelConfig().chosen(device, "bfloat16")
         yield Finding(f"auto, {device}", f"norms {norm}, optimizer {optimizer}")
+        lacking = compiled.missing(device)
+        yield Finding(f"--compile, {device}", f"no: it needs {lacking}" if lacking else "yes: torch.compile")
     found = "yes: PyTorch's scaled_mm" if gpu else "emulated on the CPU: for tests"
     try:
         fp8.check_device(torch.device("cuda" if gpu else "cpu"))
