@@ -128,7 +128,8 @@ def _attention(model: ModelConfig, sizes: Sizes, recompute: Recompute, chunk: Pa
         parts.append(normed)
     if model.position_embedding_type == "rope":
         rotating = heads * (int(model.head_dim * model.rotary_percent) // 2 * 2) * item
-        parts.append(rotary_footprint(attention.qkv, rotating, sizes.compiled))
+        around = heads * model.head_dim * item if model.qk_layernorm else attention.qkv
+        parts.append(rotary_footprint(around, rotating, sizes.compiled))
     inner = attention_parts(attention, chunk)
     if recompute.does("core_attn"):
         parts.append(as_part(chain(inner, attention.qkv, "q, k, v"), attention.qkv, "attention output"))

@@ -93,10 +93,12 @@ def _rotate_back(dy: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     """The same, written elsewhere: each value is read and written once."""
-    half, turning = cos.shape[-1], x[:, :, :heads]
-    first, second, still = turning[..., :half], turning[..., half : 2 * half], turning[..., 2 * half :]
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin, still), -1)
-    return torch.cat((turned, x[:, :, heads:]), 2)
+    half = cos.shape[-1]
+    turning = (torch.arange(x.shape[2], device=x.device) < heads)[:, None]
+    first, second, still = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = first * cos - second * sin, second * cos + first * sin
+    # To join heads, too, would take a second tensor: a compiler joins along one dim without.
+    return torch.cat((torch.where(turning, turned[0], first), torch.where(turning, turned[1], second), still), -1)
 
 
 def _rotated_back(dy: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
