@@ -6,8 +6,8 @@ rank of a 70B layout at its real size.
     python -m benchmarks.gpu.one_device rank [--layout tp8-pp4-dp2-zero1] [--rank 0]   # Llama-3-70B, 8192 tokens
 
 All run the real build and the real step under PyTorch's fake process group: computation is real and collectives do
-nothing, so with several ranks values mean nothing, and time is that of computation alone. Printed beside peak memory are
-the account and a dry run, beside time the planner's. Without a CUDA device it says so and ends. **Not run on one yet.**
+nothing, so with several ranks values mean nothing, and time is that of computation alone. Beside peak memory stand the
+account and a dry run, beside time the planner's. Without a CUDA device it says so and ends. **Not run on one yet.**
 """
 
 import argparse
