@@ -81,9 +81,10 @@ class Software:
 
 
 MEGASP = Software(accumulate_bytes=14, cast_bytes=11, cast_weight_bytes=9, gather_bytes=1)
-"""megasp on a GPU: eager element-wise operations; the backward's gathers and scatters beside GEMMs; weight gradients
-that are written in fp32 (2 bytes more than in bf16) and added up in it (12); fp8 operands that are read for the largest
-value, scaled, cast, and transposed, one after another, weights in each forward and backward, and gathered in fp8."""
+"""megasp on a GPU, without --compile: eager element-wise operations; the backward's gathers and scatters beside GEMMs;
+weight gradients that are written in fp32 (2 bytes more than in bf16) and added up in it (12); fp8 operands that are
+read for the largest value, scaled, cast, and transposed, one after another, weights in each forward and backward, and
+gathered in fp8."""
 
 
 def _casts(fp8: Fp8Config) -> dict[str, Any]:
@@ -145,6 +146,7 @@ class Job:
             software=replace(
                 MEGASP,
                 attention=_attention_kernel(config),
+                fused=config.kernels.compile,
                 gradient_bytes=2 if config.training.grad_reduce_in_bf16 else 4,
                 accumulate_bytes=14 if config.training.widens_gradients("cuda") else 10,
                 **_casts(config.fp8),

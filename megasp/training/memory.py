@@ -207,6 +207,7 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
         head_bytes(config),
         linear_kernels.products(config.fp8, in_fp8.start, model.num_layers),
         config.kernels.norm(device, training.compute_dtype)[0] not in (None, "unfused"),
+        config.kernels.compile,
     )
 
 

@@ -28,6 +28,7 @@ TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 SP = {TP: 2, "sequence_parallel": True}
 FP8 = {"fp8_format": "hybrid"}
 MXFP8 = FP8 | {"fp8_recipe": "mxfp8", "ffn_hidden_size": 768}
+COMPILE = {"compile": True}
 SELECTIVE = {"recompute_granularity": "selective"}
 
 HOST = {"optimizer_cpu_offload": True}
@@ -89,6 +90,12 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "fp8-tiled": (FP8 | {"tiled_mlp": 8}, 1),
     "fp8-zero3": (FP8 | {"data_parallel_sharding_strategy": "optim_grads_params", "global_batch_size": 4}, 2),
     "fp8-zb-h1": (FP8 | {PP: 2, "global_batch_size": 4, "pipeline_schedule": "zb-h1"}, 2),
+    "compiled": (COMPILE, 1),
+    "compiled-fp32": (COMPILE | {"bf16": False}, 1),
+    "compiled-gpt2": (COMPILE | GPT2 | SP | {"bf16": True}, 2),
+    "compiled-tp": (COMPILE | {TP: 2, "squared_relu": True, "swiglu": False, "qk_layernorm": True}, 2),
+    "compiled-remade": (COMPILE | SP | SELECTIVE | {"recompute_modules": ("layernorm", "mlp_act")}, 2),
+    "compiled-chunks": (COMPILE | {"sequence_chunks": 4}, 1),
     "zbv": ({PP: 2, "global_batch_size": 4, "pipeline_schedule": "zbv"}, 2),
 }
 
