@@ -59,6 +59,7 @@ class Software:
         cast_weight_bytes: the same for an element of a weight and one direction of a microbatch; 0 where weights are
             cast once a step.
         gather_bytes: with fp8, of an element of an input that tensor-parallel ranks gather.
+        repeats_kv: whether keys and values are repeated in memory for every query head, and their gradients summed.
     """
 
     attention: str = "fused"
@@ -70,6 +71,7 @@ class Software:
     cast_bytes: int = 6
     cast_weight_bytes: int = 0
     gather_bytes: int = 2
+    repeats_kv: bool = False
 
 
 MEGASP = Software(accumulate_bytes=14, cast_bytes=11, cast_weight_bytes=9, gather_bytes=1)
@@ -105,7 +107,7 @@ class Job:
     @classmethod
     def of(cls, config: Config, layout: Layout) -> "Job":
         """The job that a validated configuration describes."""
-        stages = tuple(split(config))
+        stages, attention = tuple(split(config)), _attention_kernel(config)
         return cls(
             model=config.model,
             layout=layout,
@@ -126,7 +128,8 @@ class Job:
             recompute=Redone.of(config.activations, max(len(stage.layers) for stage in stages)),
             software=replace(
                 MEGASP,
-                attention=_attention_kernel(config),
+                attention=attention,
+                repeats_kv=attention == "fused",
                 gradient_bytes=2 if config.training.grad_reduce_in_bf16 else 4,
                 accumulate_bytes=14 if config.training.widens_gradients("cuda") else 10,
             ),

@@ -20,7 +20,7 @@ from megasp.config.load import Source
 from megasp.config.megatron_flags import translate
 from megasp.errors import ConfigError
 from megasp.planner import hardware, launch, longest, page, report
-from megasp.planner.search import Found, Plan, search
+from megasp.planner.search import ANSWERS, Found, Plan, search
 from megasp.planner.space import Request, layouts
 
 DEFAULTS: dict[str, Any] = {"bf16": True, "mock_data": True, "lr": 1e-4, "train_iters": 100_000, "eval_iters": 0}
@@ -72,7 +72,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     if options.explain:
         return _explain(request, options)
     begun = time.perf_counter()
-    found = search(request)
+    found = search(request, max(ANSWERS, options.top, options.dry_run))
     seconds = time.perf_counter() - begun
     if not found.plans:
         raise _nothing(found, request)
