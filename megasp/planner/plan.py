@@ -7,6 +7,7 @@ exchange, pipeline schedule, virtual stages, microbatch, recompute, ZeRO stage.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from megasp.config.load import Source
 from megasp.config.megatron_flags import translate
 from megasp.errors import ConfigError
 from megasp.planner import hardware, launch, longest, page, report
-from megasp.planner.search import ANSWERS, Found, Plan, search
+from megasp.planner.search import ANSWERS, AXES, Found, Plan, search
 from megasp.planner.space import Request, layouts
 
 DEFAULTS: dict[str, Any] = {"bf16": True, "mock_data": True, "lr": 1e-4, "train_iters": 100_000, "eval_iters": 0}
@@ -146,10 +147,11 @@ def _explain(request: Request, options: PlanOptions) -> int:
     wanted = Layout.parse(options.explain or "")
     ranks = wanted.world_size
     if request.gpus % ranks or (wanted.dp > 1 and ranks != request.gpus):
+        near = ranks * max(1, round(request.gpus / ranks))
         raise ConfigError(
             f"--explain {options.explain} on {request.gpus} GPUs",
             f"its {ranks} ranks must be all of them, or a part that data parallelism multiplies",
-            f"say --gpus {ranks}, or leave dp out",
+            "leave dp out" if request.gpus % (ranks // wanted.dp) == 0 else f"say --gpus {near}, or other sizes",
         )
     axes = {
         "tensor_model_parallel_size": wanted.tp,
@@ -157,7 +159,7 @@ def _explain(request: Request, options: PlanOptions) -> int:
         "ulysses_size": wanted.ulysses,
         "ring_size": wanted.ring,
     }
-    if wanted.zero:
+    if "zero" in (options.explain or ""):
         axes["data_parallel_sharding_strategy"] = ("no_shard", "optim", "optim_grads", "optim_grads_params")[
             wanted.zero
         ]  # type: ignore[assignment]
@@ -184,6 +186,14 @@ def _nothing(found: Found, request: Request) -> ConfigError:
             f"{request.gpus} x {gpu.name}",
             f"no layout fits: the smallest needs {peak / 1e9:.0f} GB of {gpu.memory / 1e9:.0f} on a GPU",
             "use more GPUs or larger ones, a shorter sequence, or leave recompute and sharding to the planner",
+        )
+    asked = {name: getattr(request.config.parallel, name) for name in AXES[:4] if not request.free(name)}
+    ranks = math.prod(asked.values())
+    if request.gpus % ranks:
+        return ConfigError(
+            f"{request.gpus} GPUs for " + ", ".join(f"{name.replace('_', '-')} {n}" for name, n in asked.items()),
+            f"the sizes that are given take {ranks} ranks, which must divide the GPUs",
+            f"use {ranks * max(1, round(request.gpus / ranks))} GPUs, or leave a size to the planner",
         )
     near = " or ".join(str(gpus) for gpus in _nearest(request))
     error = next(iter(found.illegal.values()), None)
