@@ -199,9 +199,8 @@ class _Search:
                     self.found.illegal[axes_key(axes)] = error
                     continue
             tp, pp, ulysses, ring = (axes[name] for name in AXES[:4])
-            layout = Layout(
-                tp=tp, pp=pp, ulysses=ulysses, ring=ring, dp_inner=self.request.gpus // (tp * pp * ulysses * ring)
-            )
+            dp = self.request.gpus // (tp * pp * ulysses * ring)
+            layout = Layout(tp=tp, pp=pp, ulysses=ulysses, ring=ring, dp_inner=dp)
             job = replace(
                 some,
                 layout=layout,
