@@ -9,6 +9,7 @@ exchange, pipeline schedule, virtual stages, microbatch, recompute, ZeRO stage.
 import dataclasses
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,7 +197,8 @@ def _nothing(found: Found, request: Request) -> ConfigError:
             f"use {ranks * max(1, round(request.gpus / ranks))} GPUs, or leave a size to the planner",
         )
     near = " or ".join(str(gpus) for gpus in _nearest(request))
-    error = next(iter(found.illegal.values()), None)
+    rules = Counter(error.rule for error in found.illegal.values())  # the one that most layouts break
+    error = max(found.illegal.values(), key=lambda error: rules[error.rule], default=None)
     if error is not None:
         return error if not near else ConfigError(error.got, error.rule, f"{error.fix}; {near} GPUs have a layout")
     return ConfigError(
