@@ -131,6 +131,15 @@ def _check(options: PlanOptions) -> None:
             raise ConfigError(f"--{name} {getattr(options, name)}", "it must be positive", "give 1 or more")
     if options.dry_run < 0:
         raise ConfigError(f"--dry-run {options.dry_run}", "it is a number of answers", "give 1 or more")
+    if options.html and not Path(options.html).parent.is_dir():
+        raise ConfigError(f"--html {options.html}", "its directory does not exist", "make it, or name another file")
+    for name in ("html", "launch", "dry_run"):
+        if options.explain and getattr(options, name):
+            raise ConfigError(
+                f"--explain with --{name.replace('_', '-')}",
+                "it explains one layout, and does nothing else",
+                "give that layout's sizes as flags (--tensor-model-parallel-size ...) in place of --explain",
+            )
 
 
 def _head(request: Request, found: Found, seconds: float) -> list[str]:
@@ -196,6 +205,11 @@ def _nothing(found: Found, request: Request) -> ConfigError:
             f"the sizes that are given take {ranks} ranks, which must divide the GPUs",
             f"use {ranks * max(1, round(request.gpus / ranks))} GPUs, or leave a size to the planner",
         )
+    if not found.illegal:
+        try:
+            request.legal({})  # sizes that are given and contradict each other
+        except ConfigError as error:
+            return error
     near = " or ".join(str(gpus) for gpus in _nearest(request))
     rules = Counter(error.rule for error in found.illegal.values())  # the one that most layouts break
     error = max(found.illegal.values(), key=lambda error: rules[error.rule], default=None)

@@ -154,6 +154,10 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model llama3-8b --gpus 8 --global-batch-size 8 --explain tp5-pp3", "--explain tp5-pp3 on 8 GPUs"),
         ("--model llama3-8b --gpus 8 --global-batch-size 8 --explain tp3-pp2", "say --gpus 6, or other sizes"),
         ("--model llama3-8b --gpus 8 --global-batch-size 8 --explain tp4-dp4", "leave dp out"),
+        ("--model llama3-8b --gpus 8 --global-batch-size 8 --explain tp8 --launch slurm", "--explain with --launch"),
+        ("--model llama3-8b --gpus 8 --global-batch-size 8 --html /no/such/page.html", "its directory does not exist"),
+        ("--model llama3-8b --gpus 8 --global-batch-size 8 --context-parallel-size 4 --ulysses-size 4 --ring-size 2",
+         "context-parallel-size 4"),
         ("--model llama3-8b --gpus 8 --global-batch-size 8 --ulysses-size 3", "take 3 ranks, which must divide"),
         ("--model llama3-8b --gpus 6 --global-batch-size 6 --explain tp3-pp2", "num-attention-heads"),
         ("--model llama3-8b --gpus 8 --global-batch-size 8 --pipeline-model-parallel-size 2"
