@@ -138,8 +138,7 @@ def other_kernels() -> Iterator[Finding]:
     """Kernels of norms and optimizer, what `auto` picks for each device, and whether there is fp8."""
     import torch
 
-    from megasp.errors import ConfigError
-    from megasp.model import fp8
+    from megasp.model import linear_kernels
 
     gpu = torch.cuda.is_available()
     devices = ("cuda", "cpu") if gpu else ("cpu",)
@@ -150,12 +149,12 @@ def other_kernels() -> Iterator[Finding]:
     for device in devices:
         norm, optimizer = KernelConfig().chosen(device, "bfloat16")
         yield Finding(f"auto, {device}", f"norms {norm}, optimizer {optimizer}")
-    found = "yes: PyTorch's scaled_mm" if gpu else "emulated on the CPU: for tests"
-    try:
-        fp8.check_device(torch.device("cuda" if gpu else "cpu"))
-    except ConfigError as error:
-        found = f"no: {error.rule}"
-    yield Finding("fp8", found)
+    if not gpu:
+        yield Finding("fp8", "emulated on the CPU: for tests")
+        return
+    served = linear_kernels.recipes(torch.device("cuda"))
+    shown = "; ".join(f"{recipe} by {' or '.join(backends)}" for recipe, backends in served.items())
+    yield Finding("fp8", f"yes: {shown}" if shown else "no: it needs an NVIDIA GPU of compute capability 8.9 or higher")
 
 
 def packages() -> Iterator[Finding]:

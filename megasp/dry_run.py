@@ -292,9 +292,9 @@ def fake_tensors(fused_norms: bool = True) -> Iterator[Tracker]:
     def is_host(copies: PlainCopier, x: Tensor) -> bool:
         return tracker.of_host(x)
 
-    def no_product(a: Tensor, b: Tensor, *_: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    def no_product(a: Tensor, b: Tensor, *_: Any, bias: Tensor | None, output_dtype: torch.dtype) -> Tensor:
         tracker.flops["matrix products"] += 2 * a.numel() * b.shape[1]
-        return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+        return a.new_empty((a.shape[0], b.shape[1]), dtype=output_dtype)
 
     gc.collect()
     with (
@@ -304,7 +304,7 @@ def fake_tensors(fused_norms: bool = True) -> Iterator[Tracker]:
         mock.patch.object(loss, "CACHE_BYTES", 1 << 62),
         mock.patch.dict(norm_kernels.NORMS, unfused=_FusedNorms() if fused_norms else norm_kernels.UNFUSED),
         mock.patch.dict(fp8.KERNELS, cpu=fp8.scaled_mm),
-        mock.patch.object(torch, "_scaled_mm", no_product),  # which has no form for fake tensors of a CPU
+        mock.patch.object(torch.nn.functional, "scaled_mm", no_product),  # it need not know fake tensors
         mock.patch.object(matmul, "wide_product", wide_product),
         mock.patch.object(torch.UntypedStorage, "resize_", resize_),
         FakeTensorMode(allow_non_fake_inputs=True),

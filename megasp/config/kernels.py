@@ -89,7 +89,8 @@ ATTENTION_KERNELS = {
 """By the names of --attention-backend."""
 
 PREFERENCE = ("flash", "fused", "unfused")
-"""The order in which `auto` tries them; optional packages are used where they are named."""
+"""The order in which `auto` tries them; optional packages are used where they are named, whatever is installed: a run
+computes the same wherever it starts, and what it computes by is what tests compare with."""
 
 
 _GPU: dict[str, tuple[str, ...]] = {"cuda": ("bfloat16", "float16", "float32")}
@@ -129,15 +130,23 @@ class KernelConfig:
 
     norm_backend: str = flag(
         "auto",
-        "kernels of the norms; auto picks the best that PyTorch has for the device, packages are used where they are "
-        "named, unfused is the exact reference",
+        "kernels of the norms; auto picks PyTorch's best for the device, and never a package, so that a run computes "
+        "the same whatever is installed: apex and transformer-engine are used where they are named; unfused is the "
+        "exact reference",
         choices=("auto", *NORM_KERNELS),
     )
     optimizer_backend: str = flag(
         "auto",
-        "kernels of AdamW's step; auto is PyTorch's, packages are used where they are named",
+        "kernels of AdamW's step; auto is PyTorch's, and never a package, so that a run computes the same whatever is "
+        "installed: apex and transformer-engine are used where they are named",
         choices=("auto", *OPTIMIZER_KERNELS),
     )
+
+    def described(self, norm: str, optimizer: str, device: str) -> str:
+        """Those chosen of both, and why, for a person."""
+        norms = _explained(NORM_KERNELS, "--norm-backend", self.norm_backend, norm, device)
+        steps = _explained(OPTIMIZER_KERNELS, "--optimizer-backend", self.optimizer_backend, optimizer, device)
+        return f"norms {norms}, optimizer {steps}"
 
     def norm(self, device: str, dtype: str) -> tuple[str | None, str]:
         """As `choose`."""
@@ -160,6 +169,14 @@ class KernelConfig:
         if optimizer is None:
             raise ConfigError(f"--optimizer-backend {self.optimizer_backend}", why, "use --optimizer-backend auto")
         return norm, optimizer
+
+
+def _explained(table: Mapping[str, KernelFacts], option: str, backend: str, chosen: str, device: str) -> str:
+    if backend != "auto":
+        return f"{chosen} ({option})"
+    others = [name for name, facts in table.items() if facts.module and facts.installed and device in facts.devices]
+    also = f"; {' or '.join(others)}, installed, where {option} names it" if others else ""
+    return f"{chosen} (auto: PyTorch's own{also})"
 
 
 def choose(

@@ -33,7 +33,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 """flag -> megasp's flags for it. A value follows the last of them."""
 
 _KERNELS = "kernels are chosen by what the machine has and compute the same function (--attention-backend names one)"
-_NORMS = "kernels are chosen by what the machine has (--norm-backend and --optimizer-backend name others)"
+_NORMS = "kernels are chosen by what the machine has (--norm-backend, --optimizer-backend, --fp8-backend name others)"
 _MCORE = "there is one implementation of the model, and it is megasp's own"
 _GARBAGE = "it tunes Megatron-LM's memory housekeeping; results do not depend on it"
 _NO_INDEX = "no sample index is built or cached: the order of samples is computed"

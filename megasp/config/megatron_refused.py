@@ -22,7 +22,8 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
         "--fp8-param-gather --keep-fp8-transpose-cache --reuse-grad-buf-for-mxfp8-param-ag",
     ),
     (
-        "fp8 recipes are --fp8-format and --fp8-recipe tensorwise or rowwise, and fp4 is not built yet",
+        "fp8 recipes are --fp8-format and --fp8-recipe tensorwise, rowwise, blockwise or mxfp8, and fp4 is not built "
+        "yet",
         "--fp8-quantizer-factory --fp4-format --fp4-recipe --fp4-quantizer-factory --fp4-param-gather "
         "--kitchen-config-file --kitchen-recipe-number",
     ),

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from megasp.config.fp8 import RECIPES, UNSERVED_RECIPES
+from megasp.config.fp8 import BACKENDS, BLOCKED_RECIPES, RECIPES, UNSERVED_RECIPES
 from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.config.tiles import mlp_tiles
@@ -37,11 +37,12 @@ def check_precision(config: Config) -> None:
         )
 
 
-FP8_MULTIPLE = 16
-"""What every dim of an fp8 product must be a multiple of: tensor cores read 16 bytes at a time."""
+FP8_MULTIPLE, BLOCK_MULTIPLE = 16, 128
+"""What every dim of an fp8 product must be a multiple of: tensor cores read 16 bytes at a time, scales of blocks are
+laid out for them in tiles of 128 rows."""
 
 
-def check_fp8(config: Config, layout: Layout) -> None:
+def check_fp8(config: Config, layout: Layout, device: str) -> None:
     """Refuse fp8 options that do nothing, recipes that are not served, and products of sizes that kernels refuse."""
     fp8, layers = config.fp8, config.model.num_layers
     if fp8.fp8_format is None:
@@ -55,6 +56,16 @@ def check_fp8(config: Config, layout: Layout) -> None:
     if fp8.recipe not in RECIPES:
         reason = UNSERVED_RECIPES.get(fp8.recipe, f"a recipe is one of {', '.join(RECIPES)}")
         raise ConfigError(f"--fp8-recipe {fp8.recipe}", reason, "use --fp8-recipe tensorwise")
+    if fp8.backend != "auto" and fp8.recipe not in BACKENDS[fp8.backend]:
+        raise ConfigError(
+            f"--fp8-backend {fp8.backend} with --fp8-recipe {fp8.recipe}",
+            f"it has {', '.join(BACKENDS[fp8.backend])} alone",
+            "use --fp8-backend torch",
+        )
+    if fp8.backend == "transformer-engine" and device == "cpu":
+        raise ConfigError(
+            f"--fp8-backend {fp8.backend}", "it runs on cuda, not on cpu", "use --fp8-backend auto, which emulates"
+        )
     for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
         if getattr(fp8, name) is not None and not fp8.first_last_layers_bf16:
             option = f"--{name.replace('_', '-')}"
@@ -79,7 +90,9 @@ def _check_fp8_sizes(config: Config, layout: Layout) -> None:
     positions = training.seq_length // layout.cp // split
     chunk = positions // config.activations.sequence_chunks
     tile = -(-chunk // -(-mlp_tiles(config, layout) // config.activations.sequence_chunks))
-    tokens = split * training.micro_batch_size
+    # Scales of blocks are gathered with a rank's part of the sequence, so none may lie in two.
+    multiple = BLOCK_MULTIPLE if config.fp8.recipe in BLOCKED_RECIPES else FP8_MULTIPLE
+    tokens = (1 if config.fp8.recipe in BLOCKED_RECIPES else split) * training.micro_batch_size
     width = "a smaller --tensor-model-parallel-size, or another width"
     tiles = "another --tiled-mlp or --activation-tile-mb"
     sizes = {
@@ -93,9 +106,9 @@ def _check_fp8_sizes(config: Config, layout: Layout) -> None:
         "the last tile's tokens": ((chunk % tile or tile) * tokens, tiles),
     }
     for name, (size, fix) in sizes.items():
-        if size % FP8_MULTIPLE:
+        if size % multiple:
             raise ConfigError(
                 f"--fp8-format with {name}, {size}",
-                f"fp8 products need every size to be a multiple of {FP8_MULTIPLE}",
+                f"fp8 products with {config.fp8.recipe} scales need every size to be a multiple of {multiple}",
                 f"use {fix}, or leave --fp8-format out",
             )

@@ -39,7 +39,7 @@ def validate(config: Config, world_size: int, device: str = "cpu") -> Layout:
     activation_memory.check(config, layout, device)
     host_offload.check(config, device)
     check_profile(config.profile, config.trace_folder, world_size, device)
-    check_fp8(config, layout)
+    check_fp8(config, layout, device)
     return layout
 
 
@@ -164,6 +164,7 @@ NEEDED = {
     "lr_wsd_decay_iters": ("lr_decay_style", "WSD"),
     "lr_wsd_decay_samples": ("lr_decay_style", "WSD"),
     "fp8_recipe": ("fp8_format", None),
+    "fp8_backend": ("fp8_format", None),
     "first_last_layers_bf16": ("fp8_format", None),
     "num_layers_at_start_in_bf16": ("fp8_format", None),
     "num_layers_at_end_in_bf16": ("fp8_format", None),

@@ -24,7 +24,7 @@ from megasp.collectives import (
 )
 from megasp.footprint import Part
 from megasp.model.init import Factory
-from megasp.model.products import FEATURES, PLAIN, ROWS, Operand, Products
+from megasp.model.products import FEATURES, GRADIENT, PLAIN, ROWS, WEIGHT, Operand, Products
 from megasp.model.weight_gradients import WeightGradient, WeightGradients, gradient_dtype
 from megasp.parallel_state import Axis
 from megasp.parameters import Piece, split, whole
@@ -57,7 +57,7 @@ class _Linear(torch.autograd.Function):
         ctx.products, ctx.axis, ctx.gather, ctx.queue = products, axis, gather, queue
         ctx.parameter = weight  # where a deferred gradient goes: under recompute what is saved is a detached copy
         gathered = left.start_gather(gather)
-        (right,) = products.cast(weight, FEATURES)
+        (right,) = products.cast(weight, FEATURES, of=WEIGHT)
         return products.multiply(gathered(), right.matrix, x.dtype, bias)
 
     @staticmethod
@@ -65,14 +65,14 @@ class _Linear(torch.autograd.Function):
         values, scale, weight = ctx.saved_tensors
         products, axis, gather, kept = ctx.products, ctx.axis, ctx.gather, Operand(values, scale)
         wants_dx, wants_dw, wants_db, *_ = ctx.needs_input_grad
-        left, by_rows = products.cast(dy, FEATURES, ROWS, gradient=True)
+        left, by_rows = products.cast(dy, FEATURES, ROWS, of=GRADIENT)
         if wants_dw and ctx.queue is not None and ctx.queue.defers:
             ctx.queue.put(WeightGradient(ctx.parameter, kept, by_rows, products, gather))
             wants_dw = False
         gathered = products.restored(kept).start_gather(gather) if wants_dw else None
         dx = dw = None
         if wants_dx:
-            (right,) = products.cast(weight, ROWS)
+            (right,) = products.cast(weight, ROWS, of=WEIGHT)
             partial = products.multiply(left, right.transposed, dy.dtype)
             dx = start_all_reduce(partial, axis) if gather is None else start_reduce_scatter(partial, gather)
             del left, right, partial

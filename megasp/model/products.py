@@ -24,6 +24,9 @@ from megasp.parallel_state import Axis
 FEATURES, ROWS = -1, 0
 """What a product sums over: the last dim of an operand, or all others."""
 
+INPUT, WEIGHT, GRADIENT = "input", "weight", "gradient"
+"""What an operand is of a linear layer; the last is its output's."""
+
 
 @dataclass(frozen=True)
 class Operand:
@@ -31,8 +34,8 @@ class Operand:
 
     Attributes:
         values: [..., F].
-        scale: what the values are to be multiplied by: None for 1, fp32 of shape [] for all of them, [..., 1] one for
-            each row, [F] one for each feature.
+        scale: what the values are to be multiplied by: None for 1; of shape [] for all of them; [f] for f equal groups
+            of features, the same in all rows; [r, f] for r x f equal blocks of the matrix.
     """
 
     values: Tensor
@@ -40,15 +43,16 @@ class Operand:
 
     @property
     def matrix(self) -> "Operand":
-        """[rows, F]."""
+        """[rows, F]; a scale that is not one for all is [r, f]."""
         scale = self.scale
-        return Operand(self._flat, scale if scale is None or scale.dim() == 0 else scale.reshape(-1, 1))
+        return Operand(self._flat, scale if scale is None or scale.dim() == 0 else torch.atleast_2d(scale))
 
     @property
     def transposed(self) -> "Operand":
         """[F, rows], a view."""
-        scale = self.scale
-        return Operand(self._flat.t(), scale if scale is None or scale.dim() == 0 else scale.reshape(-1, 1))
+        matrix = self.matrix
+        scale = matrix.scale
+        return Operand(matrix.values.t(), scale if scale is None or scale.dim() == 0 else scale.t())
 
     @property
     def _flat(self) -> Tensor:
@@ -57,27 +61,32 @@ class Operand:
     def start_gather(self, axis: Axis | None) -> Callable[[], "Operand"]:
         """Gather dim 0 over the ranks of an axis; what is returned waits for it. None gathers nothing.
 
-        Values of one byte travel as such: not every library of collectives knows fp8.
+        Scales of blocks are gathered with their rows; those of all rows the ranks have in common.
         """
         if axis is None:
             return lambda: self
-        values, scale = self.values, self.scale
-        travelling = values.view(torch.uint8) if values.itemsize == 1 else values
-        pending = start_all_gather(travelling, axis)
-        by_row = scale is not None and scale.dim() == values.dim()
-        scales = start_all_gather(scale, axis) if by_row and scale is not None else None
-        return lambda: Operand(pending.wait().view(values.dtype), scales.wait() if scales is not None else scale)
+        values, scale = _start_gather(self.values, axis), self.scale
+        if scale is None or scale.dim() < 2:
+            return lambda: Operand(values(), scale)
+        scales = _start_gather(scale, axis)
+        return lambda: Operand(values(), scales())
+
+
+def _start_gather(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
+    """Elements of one byte travel as such: not every library of collectives knows fp8."""
+    pending = start_all_gather(x.view(torch.uint8) if x.itemsize == 1 else x, axis)
+    return lambda: pending.wait().view(x.dtype)
 
 
 class Products(Protocol):
     """How a linear layer multiplies."""
 
-    def cast(self, x: Tensor, *over: int, gradient: bool = False, gather: Axis | None = None) -> tuple[Operand, ...]:
+    def cast(self, x: Tensor, *over: int, of: str = INPUT, gather: Axis | None = None) -> tuple[Operand, ...]:
         """x as an operand of products that sum over `FEATURES` or `ROWS`, one for each that is named.
 
         Args:
             x: [..., F].
-            gradient: it is one of a layer's output.
+            of: `INPUT`, `WEIGHT` or `GRADIENT`, what it is of the layer.
             gather: the axis whose ranks hold the rest of dim 0, where the operand is to be gathered over it.
         """
 
@@ -109,7 +118,7 @@ class Products(Protocol):
 class Plain:
     """Products of tensors as they are, in their own dtype."""
 
-    def cast(self, x: Tensor, *over: int, gradient: bool = False, gather: Axis | None = None) -> tuple[Operand, ...]:
+    def cast(self, x: Tensor, *over: int, of: str = INPUT, gather: Axis | None = None) -> tuple[Operand, ...]:
         return (Operand(x),) * len(over)
 
     def kept(self, x: Tensor, operand: Operand) -> Operand:

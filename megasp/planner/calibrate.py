@@ -66,6 +66,7 @@ def measure(device: torch.device, base: str) -> dict[str, Any]:
     if fast:
         properties = torch.cuda.get_device_properties(device)
         found |= {"memory_GB": properties.total_memory / 1e9, "sms": properties.multi_processor_count}
+        found["compute_capability"] = [properties.major, properties.minor]
     if dist.get_world_size() > 1:
         sizes = [2**power for power in (range(20, 31, 2) if fast else (16, 20))]
         rates = [_all_reduce(device, size) / 1e9 for size in sizes]

@@ -68,6 +68,7 @@ class Hardware:
 
     Attributes:
         memory: bytes of the GPU.
+        capability: compute capability, by which fp8 recipes are refused; None where the file does not say.
         sms: streaming multiprocessors; a GEMM's last wave of tiles leaves some idle.
         memory_rate: what copies reach.
         matmul: precision -> the best rate that matrix products reach.
@@ -83,6 +84,7 @@ class Hardware:
 
     name: str
     memory: float
+    capability: tuple[int, int] | None
     sms: int
     memory_rate: float
     matmul: Mapping[str, float]
@@ -172,13 +174,14 @@ def _check_positive(path: Path, value: object, where: str = "") -> None:
 
 
 _ENTRIES = (
-    "name", "memory_GB", "sms", "hbm_TBps", "matmul_TFLOPS", "peak_TFLOPS", "attention_TFLOPS", "node",
-    "network", "host",
+    "name", "memory_GB", "compute_capability", "sms", "hbm_TBps", "matmul_TFLOPS", "peak_TFLOPS", "attention_TFLOPS",
+    "node", "network", "host",
 )  # fmt: skip
 
 
 def _build(values: dict[str, Any]) -> Hardware:
     node, host = values["node"], values["host"]
+    capability = values.get("compute_capability")
     collectives = node["collectives"]
     attention = {}
     for kernel, table in values["attention_TFLOPS"].items():
@@ -196,6 +199,7 @@ def _build(values: dict[str, Any]) -> Hardware:
     return Hardware(
         name=str(values["name"]),
         memory=values["memory_GB"] * 1e9,
+        capability=(int(capability[0]), int(capability[1])) if capability is not None else None,
         sms=int(values["sms"]),
         memory_rate=values["hbm_TBps"] * 1e12,
         matmul={precision: rate * 1e12 for precision, rate in values["matmul_TFLOPS"].items()},

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from megasp.config.context_parallel import split_context
+from megasp.config.fp8 import Fp8Config
 from megasp.config.kernels import choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.pipeline import PipelinePlan
@@ -86,6 +88,16 @@ that are written in fp32 (2 bytes more than in bf16) and added up in it (12); fp
 value, scaled, cast, and transposed, one after another, weights in each forward and backward, and gathered in fp8."""
 
 
+def _casts(fp8: Fp8Config) -> dict[str, Any]:
+    """Bytes of fp8's casts. PyTorch's pass twice over an operand whose scales follow the rows, one for each product;
+    Transformer Engine's read it once and write it for both, after a pass for the largest value where it has one scale.
+    """
+    one_scale = fp8.recipe == "tensorwise"
+    if fp8.backend == "transformer-engine":
+        return {"cast_bytes": 6 if one_scale else 4, "cast_weight_bytes": 6 if one_scale else 4}
+    return {"cast_bytes": MEGASP.cast_bytes if one_scale else 20, "cast_weight_bytes": MEGASP.cast_weight_bytes}
+
+
 @dataclass(frozen=True)
 class Job:
     """One step of one run, as the time model sees it; `fp8_layers` is the share of the layers that have its precision
@@ -138,6 +150,7 @@ class Job:
                 repeats_kv=attention == "fused",
                 gradient_bytes=2 if config.training.grad_reduce_in_bf16 else 4,
                 accumulate_bytes=14 if config.training.widens_gradients("cuda") else 10,
+                **_casts(config.fp8),
             ),
         )
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from megasp.config import load as config_load
 from megasp.config.flags import Parser, build, flag
+from megasp.config.fp8 import Fp8Config, refusal
 from megasp.config.layout import Layout
 from megasp.config.load import Source
 from megasp.config.megatron_flags import translate
@@ -61,10 +62,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         return 0
     _check(options)
     request = Request(config, frozenset(given), options.gpus, hardware.load(options.gpu))
-    if config.fp8.fp8_format is not None and "fp8" not in request.hardware.matmul:
-        raise ConfigError(
-            f"--fp8-format on {request.hardware.name}", "it has no fp8 rate: nothing can be timed", "use --bf16 alone"
-        )
+    _check_fp8(config.fp8, request.hardware)
     if options.max_seq_length:
         return _longest(request, options)
     if not config.training.global_batch_size:
@@ -123,6 +121,20 @@ def _defaults(given: dict[str, Any]) -> dict[str, Any]:
     lr = max(DEFAULTS["lr"], given.get("min_lr", 0.0), given.get("lr_warmup_init", 0.0))
     defaults = DEFAULTS | {"lr": lr}
     return {name: value for name, value in defaults.items() if not given.keys() & set(others.get(name, ()))}
+
+
+def _check_fp8(config: Fp8Config, part: hardware.Hardware) -> None:
+    if config.fp8_format is None:
+        return
+    if "fp8" not in part.matmul:
+        raise ConfigError(
+            f"--fp8-format on {part.name}", "it has no fp8 rate: nothing can be timed", "use --bf16 alone"
+        )
+    if part.capability is not None:
+        reasons = {backend: refusal(backend, config.recipe, part.capability) for backend in config.backends}
+        if all(reasons.values()):
+            said = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
+            raise ConfigError(f"--fp8-recipe {config.recipe} on {part.name}", said, "use --fp8-recipe tensorwise")
 
 
 def _check(options: PlanOptions) -> None:

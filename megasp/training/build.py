@@ -14,7 +14,7 @@ from megasp.config.tiles import head_bytes, mlp_tiles
 from megasp.data_parallel import Replicas, WeightShards
 from megasp.data_parallel.replicas import master_dtype
 from megasp.host_copies import copier
-from megasp.model import Factory, GPTModel, fp8
+from megasp.model import Factory, GPTModel, linear_kernels
 from megasp.model.norm_kernels import NORMS
 from megasp.parallel_state import ParallelState
 from megasp.pipeline.executor import Pipeline
@@ -62,8 +62,7 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
         dtype: compute dtype; as the configuration says without it.
     """
     dtype = dtype or getattr(torch, config.training.compute_dtype)
-    if config.fp8.fp8_format is not None:
-        fp8.check_device(state.device)
+    backend = linear_kernels.choose(config.fp8, state.device) if config.fp8.fp8_format is not None else None
     kernel = attention_kernel(config, state.device, dtype)
     norms, stepper = other_kernels(config, state.device, dtype)
     held, attend = _attention(config, state, kernel)
@@ -86,7 +85,7 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
             head_bytes=head_bytes(config),
             norms=NORMS[norms],
             offloaded_layers=activations.offloaded(len(stage.layers)),
-            products=partial(fp8.products, config.fp8, layers=config.model.num_layers),
+            products=partial(linear_kernels.products, config.fp8, layers=config.model.num_layers, backend=backend),
             factory=replace(factory, device="meta") if shares_out else factory,
         )
         for stage in split(config)

@@ -17,7 +17,7 @@ from megasp.config.stages import Stage, split
 from megasp.config.tiles import head_bytes, mlp_tiles
 from megasp.data_parallel.memory import StateBytes, state_bytes
 from megasp.errors import ConfigError
-from megasp.model import fp8
+from megasp.model import linear_kernels
 from megasp.model import memory as model_memory
 from megasp.model.memory import Sizes
 from megasp.pipeline.memory import Peak, StageBytes, peak
@@ -206,7 +206,7 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
         activations.sequence_chunks,
         activations.cpu_offloading_attention,
         head_bytes(config),
-        fp8.products(config.fp8, in_fp8.start, model.num_layers),
+        linear_kernels.products(config.fp8, in_fp8.start, model.num_layers),
         config.kernels.norm(device, training.compute_dtype)[0] not in (None, "unfused"),
     )
 
@@ -216,7 +216,7 @@ def _stage(config: Config, sizes: Sizes, stage: Stage, growing: float, reducing:
     layer that are reduced meanwhile."""
     model = config.model
     activations = config.activations
-    products = [fp8.products(config.fp8, number, model.num_layers) for number in stage.layers]
+    products = [linear_kernels.products(config.fp8, number, model.num_layers) for number in stage.layers]
     layers = model_memory.stage_layers(
         model, sizes, activations.recompute, products, activations.offloaded(len(products)), stage.first
     )

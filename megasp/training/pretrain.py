@@ -21,7 +21,7 @@ from megasp.config.validate import validate
 from megasp.data import BlendedDataset, Dataset, Loader
 from megasp.data.phases import Phase, describe
 from megasp.errors import CheckpointError, DataError
-from megasp.model import fp8
+from megasp.model import linear_kernels
 from megasp.model.flops import flops_per_token, parameter_count
 from megasp.pipeline import trace
 from megasp.pipeline.schedules import placement
@@ -282,11 +282,11 @@ def _introduce(training: Training, datasets: Datasets, phases: Sequence[Phase], 
         f"vocabulary {model.padded_vocab_size}; compute in {dtype}"
     )
     log.info(
-        f"kernels: attention {training.attention_kernel}, norms {training.norm_kernel}, optimizer "
-        f"{training.optimizer_kernel}"
+        f"kernels: attention {training.attention_kernel}, "
+        f"{config.kernels.described(training.norm_kernel, training.optimizer_kernel, training.state.device.type)}"
     )
     if config.fp8.fp8_format is not None:
-        log.info(f"fp8: {fp8.describe(config.fp8, model.num_layers, training.state.device)}")
+        log.info(f"fp8: {linear_kernels.describe(config.fp8, model.num_layers, training.state.device)}")
     log.info(
         f"training: steps {start.step + 1} to {steps}, {batch} samples of {config.training.seq_length} tokens a step "
         f"({config.num_microbatches(layout)} microbatches of {config.training.micro_batch_size} "

@@ -27,6 +27,7 @@ GPT2 = SMALL | {
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 SP = {TP: 2, "sequence_parallel": True}
 FP8 = {"fp8_format": "hybrid"}
+MXFP8 = FP8 | {"fp8_recipe": "mxfp8", "ffn_hidden_size": 768}
 SELECTIVE = {"recompute_granularity": "selective"}
 CUDNN = {"attention_backend": "fused", "ffn_hidden_size": 64, "kv_channels": 128}
 """Attention holds most here, so that what its kernel copies shows."""
@@ -86,6 +87,9 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "fp8-sp": (FP8 | SP | {"first_last_layers_bf16": True}, 2),
     "fp8-tp": (FP8 | {TP: 2}, 2),
     "fp8-rowwise": (FP8 | SP | {"fp8_recipe": "rowwise"}, 2),
+    "fp8-mxfp8": (MXFP8, 1),
+    "fp8-mxfp8-sp": (MXFP8 | SP, 2),
+    "fp8-blockwise": (MXFP8 | SP | SELECTIVE | {"fp8_recipe": "blockwise", "recompute_modules": ("layernorm",)}, 2),
     "fp8-remade": (FP8 | SP | SELECTIVE | {"recompute_modules": ("layernorm", "mlp_act")}, 2),
     "fp8-tiled": (FP8 | {"tiled_mlp": 8}, 1),
     "fp8-zero3": (FP8 | {"data_parallel_sharding_strategy": "optim_grads_params", "global_batch_size": 4}, 2),

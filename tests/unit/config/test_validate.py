@@ -26,6 +26,7 @@ BASE: dict[str, Any] = {
     "mock_data": True, "train_iters": 10, "lr": 1e-3,
 }  # fmt: skip
 FP8 = {"bf16": True, "fp8_format": "hybrid"}
+BLOCKS = FP8 | {"fp8_recipe": "mxfp8", "hidden_size": 256, "ffn_hidden_size": 256, "seq_length": 256}
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 
 
@@ -245,6 +246,18 @@ CASES = [
          {"another width": {"ffn_hidden_size": 208}}),
     Case("fp8 tokens", FP8 | {"seq_length": 8}, "tokens of a microbatch, 8", "a multiple of 16",
          {"--micro-batch-size": {"micro_batch_size": 2}}),
+    Case("fp8 blocks", BLOCKS | {"ffn_hidden_size": 320}, "MLP's hidden layer, 320",
+         "mxfp8 scales need every size to be a multiple of 128", {"another width": {"ffn_hidden_size": 256}}),
+    Case("fp8 blocks of a shard", BLOCKS | {TP: 2, "world": 2, "sequence_parallel": True, "seq_length": 384},
+         "tokens of a microbatch, 192", "a multiple of 128",
+         {"another --seq-length": {"seq_length": 512}}),
+    Case("fp8 rows of a package", FP8 | {"fp8_recipe": "rowwise", "fp8_backend": "transformer-engine"},
+         "--fp8-backend transformer-engine with --fp8-recipe rowwise", "tensorwise, blockwise, mxfp8 alone",
+         {"--fp8-backend torch": {"fp8_backend": "torch"}}),
+    Case("fp8 package of a GPU", FP8 | {"fp8_backend": "transformer-engine"}, "--fp8-backend transformer-engine",
+         "runs on cuda, not on cpu", {"--fp8-backend auto": {"fp8_backend": "auto"}}),
+    Case("fp8 backend alone", {"fp8_backend": "torch"}, "--fp8-backend without --fp8-format", "do nothing",
+         {"add --fp8-format": FP8, "leave --fp8-backend out": {"fp8_backend": None}}),
     Case("fp8 tiles", FP8 | {"seq_length": 48, "tiled_mlp": 2}, "a tile's tokens, 24", "a multiple of 16",
          {"--tiled-mlp": {"tiled_mlp": 3}}),
     Case("norms of a GPU", {"norm_backend": "apex"}, "--norm-backend apex", "runs on cuda, not on cpu",

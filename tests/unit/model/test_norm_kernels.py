@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megasp.config.kernels import NORM_KERNELS, NORM_PREFERENCE, KernelConfig
+from megasp.config.kernels import NORM_KERNELS, NORM_PREFERENCE, KernelConfig, KernelFacts
 from megasp.model.norm import Norm
 from megasp.model.norm_kernels import NORMS, UNFUSED
 
@@ -153,3 +153,16 @@ def test_table_registry_and_flag_agree() -> None:
     assert KernelConfig().norm("cuda", "float64") == ("unfused", "")
     name, reason = KernelConfig(norm_backend="apex").norm("cpu", "float32")
     assert name is None and reason == "apex: it runs on cuda, not on cpu"
+
+
+def test_the_log_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages are never picked by themselves: what is installed is told, and which flag takes it."""
+    assert KernelConfig().described("fused", "torch", "cuda").startswith("norms fused (auto: PyTorch's own), optimizer")
+    monkeypatch.setattr(KernelFacts, "installed", property(lambda facts: facts.module == "amp_C"))
+    assert KernelConfig().chosen("cuda", "bfloat16") == ("fused", "torch")
+    said = KernelConfig(norm_backend="apex").described("apex", "torch", "cuda")
+    assert said == (
+        "norms apex (--norm-backend), optimizer torch (auto: PyTorch's own; apex, installed, where --optimizer-backend "
+        "names it)"
+    )
+    assert "apex" not in KernelConfig().described("unfused", "torch", "cpu"), "which has no kernels of it"

@@ -140,6 +140,8 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model llama3-8b --gpus 8", "--global-batch-size"),
         ("--model llama3-8b --gpus 8 --gpu x100 --global-batch-size 8", "--gpu x100"),
         ("--model llama3-8b --gpus 0 --global-batch-size 8", "--gpus 0"),
+        ("--model llama3-8b --gpus 8 --gpu a100-80 --fp8-format hybrid --bf16", "has no fp8 rate"),
+        ("--model llama3-8b --gpus 8 --fp8-format hybrid --fp8-recipe mxfp8 --bf16", "mxfp8 scales need compute"),
         ("--model llama3-8b --gpus 8 --max-seq-length --html page.html", "--html with --max-seq-length"),
         ("--model llama3-9b --gpus 8", "as --help says"),
         ("--model llama3-8b --gpus 8 --global-batch-size 8 --gpuss 3", "did you mean --gpus"),
