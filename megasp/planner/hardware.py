@@ -151,7 +151,7 @@ def _read(path: Path) -> dict[str, Any]:
     if base is not None and base not in known():
         raise ConfigError(f"--gpu {path}, base {base}", f"it is one of {', '.join(known())}", "name one of them")
     everything = (_read(FOLDER / f"{base}.yaml") if base else {}) | values
-    _check_positive(path, everything)
+    _check_positive(path, {name: value for name, value in everything.items() if name != "compute_capability"})
     unknown = sorted(everything.keys() - _ENTRIES)
     if unknown:
         raise ConfigError(f"--gpu {path}, entry {unknown[0]}", f"it is one of {', '.join(_ENTRIES)}", "leave it out")

@@ -220,8 +220,8 @@ def _nothing(found: Found, request: Request) -> ConfigError:
     if not found.illegal:
         try:
             request.legal({})  # sizes that are given and contradict each other
-        except ConfigError as error:
-            return error
+        except ConfigError as contradiction:
+            return contradiction
     near = " or ".join(str(gpus) for gpus in _nearest(request))
     rules = Counter(error.rule for error in found.illegal.values())  # the one that most layouts break
     error = max(found.illegal.values(), key=lambda error: rules[error.rule], default=None)
