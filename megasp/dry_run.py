@@ -35,6 +35,8 @@ from megasp.host_copies import PlainCopier
 from megasp.model import compiled, fp8, init, loss, matmul
 from megasp.model.elementwise import Body
 from megasp.parameters import Piece
+from megasp.sequence_parallel.block_kernels import CPUFlash, sum_groups
+from megasp.sequence_parallel.kernels import KERNELS
 from megasp.training import communication
 from megasp.training.build import Training, build
 from megasp.training.volumes import Volume, closed_forms
@@ -170,11 +172,12 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
     Args:
         config: validated for this layout.
     """
+    attention: dict[tuple[str, str], Any] = {("flash", "cpu"): _RepeatedKV()} if _gpu_kernel(config) == "fused" else {}
     config = _kernel_of_a_gpu(config)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
         state = parallel_state.build(layout, torch.device("cpu"))
-        with fake_tensors() as tracker:
+        with mock.patch.dict(KERNELS, attention), fake_tensors() as tracker:
             training = build(config, state)
             for master, weight in zip(training.optimizer.masters, training.replicas.masters, strict=True):
                 for tensor in (master, *training.optimizer.state[master].values()) if master is not weight else ():
@@ -212,15 +215,35 @@ def _sent(training: Training) -> Counter[tuple[str, str]]:
 def _kernel_of_a_gpu(config: Config) -> Config:
     """The same run with the CPU's kernels that hold as much as a GPU's would (scores with both, or with neither; a norm
     by one kernel with both, or with neither), and with weight gradients in a GPU's dtype."""
-    training, model = config.training, config.model
-    dtype = training.compute_dtype
-    name, _ = choose_kernel(training.attention_backend, "cuda", dtype, model.attention_dropout, model.head_dim)
-    backend = "unfused" if name == "unfused" else "auto"
+    training = config.training
+    backend = "unfused" if _gpu_kernel(config) == "unfused" else "auto"
     made = "fp32" if training.widens_gradients("cuda") else "compute"
     training = dataclasses.replace(training, attention_backend=backend, weight_gradient_dtype=made)
-    norm = "unfused" if config.kernels.norm("cuda", dtype)[0] == "unfused" else "compiled"
+    norm = "unfused" if config.kernels.norm("cuda", training.compute_dtype)[0] == "unfused" else "compiled"
     kernels = KernelConfig(compile=config.kernels.compile, norm_backend=norm)
     return dataclasses.replace(config, training=training, kernels=kernels)
+
+
+def _gpu_kernel(config: Config) -> str | None:
+    training, model = config.training, config.model
+    dropout = model.attention_dropout
+    return choose_kernel(training.attention_backend, "cuda", training.compute_dtype, dropout, model.head_dim)[0]
+
+
+class _RepeatedKV(CPUFlash):
+    """What cuDNN's attention takes beside: keys, values and their gradients for every query head."""
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        return super()._forward(q, k, v, causal, scale)
+
+    def _backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        groups = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        dq, dk, dv = super()._backward(dout, q, k, v, out, lse, causal, scale)
+        return dq, sum_groups(dk, groups), sum_groups(dv, groups)
 
 
 @contextmanager

@@ -64,6 +64,7 @@ class Software:
         cast_weight_bytes: the same for an element of a weight and one direction of a microbatch; 0 where weights are
             cast once a step.
         gather_bytes: with fp8, of an element of an input that tensor-parallel ranks gather.
+        repeats_kv: whether keys and values are repeated in memory for every query head, and their gradients summed.
     """
 
     attention: str = "fused"
@@ -75,6 +76,7 @@ class Software:
     cast_bytes: int = 6
     cast_weight_bytes: int = 0
     gather_bytes: int = 2
+    repeats_kv: bool = False
     overlap_messages: bool = True
     overlap_gradients: bool = True
     whole_gradients: bool = False
@@ -124,7 +126,7 @@ class Job:
     @classmethod
     def of(cls, config: Config, layout: Layout) -> "Job":
         """The job that a validated configuration describes."""
-        stages = tuple(split(config))
+        stages, attention = tuple(split(config)), _attention_kernel(config)
         return cls(
             model=config.model,
             layout=layout,
@@ -145,7 +147,8 @@ class Job:
             recompute=Redone.of(config.activations, max(len(stage.layers) for stage in stages)),
             software=replace(
                 MEGASP,
-                attention=_attention_kernel(config),
+                attention=attention,
+                repeats_kv=attention == "fused",
                 fused=config.kernels.compile,
                 gradient_bytes=2 if config.training.grad_reduce_in_bf16 else 4,
                 accumulate_bytes=14 if config.training.widens_gradients("cuda") else 10,

@@ -30,6 +30,8 @@ FP8 = {"fp8_format": "hybrid"}
 MXFP8 = FP8 | {"fp8_recipe": "mxfp8", "ffn_hidden_size": 768}
 COMPILE = {"compile": True}
 SELECTIVE = {"recompute_granularity": "selective"}
+CUDNN = {"attention_backend": "fused", "ffn_hidden_size": 64, "kv_channels": 128}
+"""Attention holds most here, so that what its kernel copies shows."""
 
 HOST = {"optimizer_cpu_offload": True}
 CASES: dict[str, tuple[dict[str, Any], int]] = {
@@ -57,6 +59,9 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "tiled": (SP | {"tiled_mlp": 8}, 2),
     "tiled-full": ({"tiled_mlp": 8, "recompute_granularity": "full"}, 1),
     "ulysses": ({"ulysses_size": 4}, 4),
+    "cudnn": (CUDNN, 1),
+    "cudnn-full-ulysses": (CUDNN | {"ulysses_size": 4, "recompute_granularity": "full"}, 4),
+    "cudnn-ring": (CUDNN | {"ring_size": 4}, 4),
     "ring": ({"ring_size": 4}, 4),
     "ring-tiled-full": ({"ring_size": 4, "tiled_mlp": 8, "recompute_granularity": "full"}, 4),
     "tiles-by-budget": (SP | {"activation_tile_mb": 1}, 2),
