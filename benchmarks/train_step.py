@@ -1,6 +1,7 @@
 """Training step of a 56M Llama on a CPU: megasp beside transformers and megatron-core.
 
     python -m benchmarks.train_step [--dtype fp32|bf16]      # one process, 2 threads
+    python -m benchmarks.train_step --compile                # megasp alone, with --compile and without
     python -m benchmarks.train_step --tp 2                   # tensor parallel 2, sequence parallel, 1 thread a rank
 
 All train from the same weights on the same batches in turns (see contest.py), each by its own real path. Losses of
@@ -12,6 +13,7 @@ import argparse
 import json
 import platform
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
@@ -23,9 +25,16 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}
 TOKENS = LLAMA_56M.training.seq_length * LLAMA_56M.training.micro_batch_size
 
 
-def contestants(dtype: str, tp: int) -> list[Contestant]:
-    """megasp first; whoever can run in that layout."""
+def contestants(dtype: str, tp: int, compiled: bool = False) -> list[Contestant]:
+    """megasp first; whoever can run in that layout, or megasp once more, compiled."""
     threads = max(1, 2 // tp)
+    if compiled:
+        return [
+            Contestant(
+                "megasp" + " --compile" * each, partial(make_megasp, compile=each), (LLAMA_56M, dtype), tp, threads
+            )
+            for each in (False, True)
+        ]
     found = [
         Contestant("megasp", make_megasp, (LLAMA_56M, dtype), tp, threads),
         Contestant("megatron-core + SDPA", make_megatron, (LLAMA_56M, dtype, True), tp, threads),
@@ -46,11 +55,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=tuple(TOLERANCES), default="fp32")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
+    parser.add_argument("--compile", action="store_true", help="megasp with --compile and without, no peers")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each")
     parser.add_argument("--warmup", type=int, default=3)
     args = parser.parse_args()
     outcomes = play(
-        contestants(args.dtype, args.tp),
+        contestants(args.dtype, args.tp, args.compile),
         args.rounds,
         args.warmup,
         check=lambda losses: same_loss(losses, TOLERANCES[args.dtype]),

@@ -45,18 +45,24 @@ def make_megasp(
     source: Source = workload.batch,
     device: str = "cpu",
     kernel: str = "auto",
+    compile: bool = False,
+    **activations: Any,
 ) -> Step:
     """megasp as `pretrain` runs it; tensor parallel over all ranks, with sequence parallelism.
 
     Args:
         source: function (config, step) -> batch.
         kernel: attention kernel.
+        compile: as --compile.
+        activations: fields of `ActivationConfig`.
     """
     ranks = dist.get_world_size()
     config = dataclasses.replace(
         config,
         parallel=dataclasses.replace(config.parallel, tensor_model_parallel_size=ranks, sequence_parallel=ranks > 1),
         training=dataclasses.replace(config.training, bf16=dtype == "bf16", attention_backend=kernel),
+        kernels=dataclasses.replace(config.kernels, compile=compile),
+        activations=dataclasses.replace(config.activations, **activations),
     )
     training = build_megasp(config, Layout(tp=ranks), device)
     return lambda index: train_step(training, [source(config, index)], lr).loss

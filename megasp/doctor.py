@@ -138,17 +138,20 @@ def other_kernels() -> Iterator[Finding]:
     """Kernels of norms and optimizer, what `auto` picks for each device, and whether there is fp8."""
     import torch
 
-    from megasp.model import linear_kernels
+    from megasp.model import compiled, linear_kernels
 
     gpu = torch.cuda.is_available()
     devices = ("cuda", "cpu") if gpu else ("cpu",)
     for kind, table in (("norm", NORM_KERNELS), ("optimizer", OPTIMIZER_KERNELS)):
         for name, facts in table.items():
             available = facts.installed and bool(facts.devices.keys() & set(devices))
+            available &= name != "compiled" or not compiled.missing(devices[0])
             yield Finding(f"{kind}: {name}", ("yes: " if available else "no: ") + facts.description)
     for device in devices:
         norm, optimizer = KernelConfig().chosen(device, "bfloat16")
         yield Finding(f"auto, {device}", f"norms {norm}, optimizer {optimizer}")
+        lacking = compiled.missing(device)
+        yield Finding(f"--compile, {device}", f"no: it needs {lacking}" if lacking else "yes: torch.compile")
     if not gpu:
         yield Finding("fp8", "emulated on the CPU: for tests")
         return

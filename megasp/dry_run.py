@@ -32,8 +32,11 @@ from megasp.config.schema import Config
 from megasp.data import Batch
 from megasp.data_parallel import global_norm, sum_partial_, sum_tied_
 from megasp.host_copies import PlainCopier
-from megasp.model import fp8, init, loss, matmul, norm_kernels
+from megasp.model import compiled, fp8, init, loss, matmul
+from megasp.model.elementwise import Body
 from megasp.parameters import Piece
+from megasp.sequence_parallel.block_kernels import CPUFlash, sum_groups
+from megasp.sequence_parallel.kernels import KERNELS
 from megasp.training import communication
 from megasp.training.build import Training, build
 from megasp.training.volumes import Volume, closed_forms
@@ -54,12 +57,14 @@ class Tracker(TorchDispatchMode):
         self.flops: Counter[str] = Counter()
         self._sizes: dict[int, int] = {}
         self._of_host: set[int] = set()
-        self._hosting = False
+        self._hosting = self._inside = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, torch.distributed.tensor.DTensor) for kind in types):
             return NotImplemented  # it unwraps itself, and what it does with the local tensors comes back here
         out = func(*args, **(kwargs or {}))
+        if self._inside:
+            return out
         for tensor in tree_iter((out, args)):
             if isinstance(tensor, Tensor):
                 self.note(tensor.untyped_storage())
@@ -87,6 +92,16 @@ class Tracker(TorchDispatchMode):
         self._hosting = True
         yield
         self._hosting = False
+
+    def one_kernel(self, body: Body, *tensors: Tensor, **constants: float) -> Any:
+        """Runs a body of which nothing is counted but what it returns."""
+        self._inside = True
+        out = body.eager(*tensors, **constants)
+        self._inside = False
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                self.note(tensor.untyped_storage())
+        return out
 
     def move_to_host(self, x: Tensor) -> None:
         """A tensor that is the host's from now on."""
@@ -157,12 +172,12 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
     Args:
         config: validated for this layout.
     """
-    fused_norms = config.kernels.norm("cuda", config.training.compute_dtype)[0] != "unfused"
+    attention: dict[tuple[str, str], Any] = {("flash", "cpu"): _RepeatedKV()} if _gpu_kernel(config) == "fused" else {}
     config = _kernel_of_a_gpu(config)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
         state = parallel_state.build(layout, torch.device("cpu"))
-        with fake_tensors(fused_norms) as tracker:
+        with mock.patch.dict(KERNELS, attention), fake_tensors() as tracker:
             training = build(config, state)
             for master, weight in zip(training.optimizer.masters, training.replicas.masters, strict=True):
                 for tensor in (master, *training.optimizer.state[master].values()) if master is not weight else ():
@@ -198,46 +213,44 @@ def _sent(training: Training) -> Counter[tuple[str, str]]:
 
 
 def _kernel_of_a_gpu(config: Config) -> Config:
-    """The same run with the CPU's kernel that holds as much as a GPU's would: scores with both, or with neither; and
-    with weight gradients in a GPU's dtype."""
-    training, model = config.training, config.model
-    dtype = training.compute_dtype
-    name, _ = choose_kernel(training.attention_backend, "cuda", dtype, model.attention_dropout, model.head_dim)
-    backend = "unfused" if name == "unfused" else "auto"
+    """The same run with the CPU's kernels that hold as much as a GPU's would (scores with both, or with neither; a norm
+    by one kernel with both, or with neither), and with weight gradients in a GPU's dtype."""
+    training = config.training
+    backend = "unfused" if _gpu_kernel(config) == "unfused" else "auto"
     made = "fp32" if training.widens_gradients("cuda") else "compute"
     training = dataclasses.replace(training, attention_backend=backend, weight_gradient_dtype=made)
-    return dataclasses.replace(config, training=training, kernels=KernelConfig())
+    norm = "unfused" if config.kernels.norm("cuda", training.compute_dtype)[0] == "unfused" else "compiled"
+    kernels = KernelConfig(compile=config.kernels.compile, norm_backend=norm)
+    return dataclasses.replace(config, training=training, kernels=kernels)
 
 
-class _FusedNorms:
-    """What one kernel allocates: PyTorch's fused norms run as several operations on a CPU."""
+def _gpu_kernel(config: Config) -> str | None:
+    training, model = config.training, config.model
+    dropout = model.attention_dropout
+    return choose_kernel(training.attention_backend, "cuda", training.compute_dtype, dropout, model.head_dim)[0]
 
-    def rms(self, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(x), _statistic(x)
 
-    def rms_backward(
-        self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, epsilon: float
-    ) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(x), torch.empty_like(weight)
+class _RepeatedKV(CPUFlash):
+    """What cuDNN's attention takes beside: keys, values and their gradients for every query head."""
 
-    def layer(self, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.empty_like(x), _statistic(x), _statistic(x)
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        return super()._forward(q, k, v, causal, scale)
 
-    def layer_backward(
-        self, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, epsilon: float
+    def _backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
-
-
-def _statistic(x: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+        groups = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        dq, dk, dv = super()._backward(dout, q, k, v, out, lse, causal, scale)
+        return dq, sum_groups(dk, groups), sum_groups(dv, groups)
 
 
 @contextmanager
-def fake_tensors(fused_norms: bool = True) -> Iterator[Tracker]:
+def fake_tensors() -> Iterator[Tracker]:
     """Fake tensors inside, which stand for those of a GPU (the loss passes over a chunk's logits at once there,
-    products of lower precision are written in fp32 as they are, and norms may be one kernel), and the tracker that
-    counts them."""
+    products of lower precision are written in fp32 as they are, and nothing is compiled), and the tracker that counts
+    them."""
 
     def no_values(piece: Piece, seed: int) -> Tensor:
         return torch.empty(0).expand(piece.box.size) if 0 in piece.box.size else torch.empty(()).expand(piece.box.size)
@@ -279,7 +292,7 @@ def fake_tensors(fused_norms: bool = True) -> Iterator[Tracker]:
         mock.patch.object(DeviceMesh, "from_group", real_mesh),
         mock.patch.object(init, "initial_values", no_values),
         mock.patch.object(loss, "CACHE_BYTES", 1 << 62),
-        mock.patch.dict(norm_kernels.NORMS, unfused=_FusedNorms() if fused_norms else norm_kernels.UNFUSED),
+        mock.patch.multiple(compiled, COMPILER=tracker.one_kernel, check=lambda *_: None),
         mock.patch.dict(fp8.KERNELS, cpu=fp8.scaled_mm),
         mock.patch.object(torch.nn.functional, "scaled_mm", no_product),  # it need not know fake tensors
         mock.patch.object(matmul, "wide_product", wide_product),

@@ -165,9 +165,10 @@ def compare(
     layouts = [validate(each, layout.world_size) for each, layout in zip(configs, layouts, strict=True)]
     with tempfile.TemporaryDirectory(prefix="megasp-verify-") as folder:
         file = Path(folder, "reference.pt")
-        run_ranks(_record, 1, in_layout(reference or config, Layout()), steps, dtype, file)
+        limit = 600.0 if config.kernels.compile else 120.0
+        run_ranks(_record, 1, in_layout(reference or config, Layout()), steps, dtype, file, timeout=limit)
         for each, layout in zip(configs, layouts, strict=True):
-            ranks = run_ranks(_difference, layout.world_size, each, layout, steps, dtype, file)
+            ranks = run_ranks(_difference, layout.world_size, each, layout, steps, dtype, file, timeout=limit)
             yield layout, Worst(*(max(getattr(r, part) for r in ranks) for part in ("loss", "gradient", "weight")))
 
 

@@ -99,6 +99,7 @@ _TRANSFORMER_ENGINE = "pip install transformer-engine[pytorch]"
 
 NORM_KERNELS = {
     "unfused": KernelFacts("the exact mathematics, the reference", {"cuda": _ALL, "cpu": _ALL}),
+    "compiled": KernelFacts("torch.compile's", {"cuda": _ALL, "cpu": _ALL}),
     "fused": KernelFacts("PyTorch's fused kernels", _GPU),
     "apex": KernelFacts("NVIDIA's apex", _GPU, module="fused_layer_norm_cuda", source=_APEX),
     "transformer-engine": KernelFacts(
@@ -126,13 +127,18 @@ OPTIMIZER_PREFERENCE = ("torch",)
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    """Kernels of norms and optimizer."""
+    """Kernels of norms and optimizer, and whether the rest between matrix products is compiled."""
 
+    compile: bool = flag(
+        False,
+        "make one kernel each of norms, rotary positions, activations, dropout and the loss by torch.compile; needs a "
+        "C++ compiler on a CPU, Triton and a C compiler on a GPU, and a minute at the start",
+    )
     norm_backend: str = flag(
         "auto",
-        "kernels of the norms; auto picks PyTorch's best for the device, and never a package, so that a run computes "
-        "the same whatever is installed: apex and transformer-engine are used where they are named; unfused is the "
-        "exact reference",
+        "kernels of the norms; auto picks PyTorch's best for the device (compiled with --compile), never a package, "
+        "so that a run computes the same whatever is installed: apex and transformer-engine are used where they are "
+        "named; unfused is the exact reference",
         choices=("auto", *NORM_KERNELS),
     )
     optimizer_backend: str = flag(
@@ -150,7 +156,8 @@ class KernelConfig:
 
     def norm(self, device: str, dtype: str) -> tuple[str | None, str]:
         """As `choose`."""
-        return choose(NORM_KERNELS, NORM_PREFERENCE, self.norm_backend, device, dtype)
+        preference = ("compiled",) if self.compile else NORM_PREFERENCE
+        return choose(NORM_KERNELS, preference, self.norm_backend, device, dtype)
 
     def optimizer(self, device: str, dtype: str = "float32") -> tuple[str | None, str]:
         """As `choose`."""

@@ -33,6 +33,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 """flag -> megasp's flags for it. A value follows the last of them."""
 
 _KERNELS = "kernels are chosen by what the machine has and compute the same function (--attention-backend names one)"
+_FUSED = "it computes the same function; --compile makes one kernel of it"
 _NORMS = "kernels are chosen by what the machine has (--norm-backend, --optimizer-backend, --fp8-backend name others)"
 _MCORE = "there is one implementation of the model, and it is megasp's own"
 _GARBAGE = "it tunes Megatron-LM's memory housekeeping; results do not depend on it"
@@ -83,8 +84,8 @@ _ACCEPTED: tuple[tuple[int, str, str], ...] = (
     # Megatron-LM's unfused kernel computes the other form, erf: up to 5e-4 away.
     (0, "GELU is always in its tanh form, that of GPT-2 and of Megatron-LM's fused kernel", "--no-bias-gelu-fusion"),
     (0, "GELU is always in its tanh form, which is OpenAI's", "--openai-gelu"),
-    (0, _KERNELS, "--no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion"),
-    (0, _KERNELS, "--use-te-activation-func"),
+    (0, _KERNELS, "--no-masked-softmax-fusion"),
+    (0, _FUSED, "--no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion --use-te-activation-func"),
     (0, _NORMS, "--no-persist-layer-norm"),
     (0, _CENTERED, "--apply-layernorm-1p"),
     (0, _LOSS, "--cross-entropy-loss-fusion"),

@@ -10,9 +10,9 @@ from megasp.config.recompute import Recompute
 from megasp.config.schema import ModelConfig
 from megasp.model.dropout import TokenKeys, attention_bits, site_key
 from megasp.model.init import Factory
+from megasp.model.kernels import EAGER, Kernels
 from megasp.model.layers import ColumnParallelLinear, RowParallelLinear
 from megasp.model.norm import Norm
-from megasp.model.norm_kernels import UNFUSED, NormKernel
 from megasp.model.products import PLAIN, Products
 from megasp.model.recompute import recomputed
 from megasp.model.rotary import rotate_
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         attend: attention of q to k and v over the sequence, wherever its parts are.
         recompute: whose "core_attn" runs `attend` again in the backward, "layernorm" the norm before.
         products: how the linear layers multiply.
-        norms: the kernel of norms.
+        kernels: of norms and rotary positions.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class Attention(nn.Module):
         name: str,
         recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
         products: Products = PLAIN,
-        norms: NormKernel = UNFUSED,
+        kernels: Kernels = EAGER,
     ) -> None:
         super().__init__()
-        self.head_dim, self.rotary = config.head_dim, config.position_embedding_type == "rope"
+        self.head_dim, self.run = config.head_dim, kernels.run
         heads, kv_heads, tp = config.num_attention_heads, config.kv_heads, state.tp
         copies = max(1, tp.size // kv_heads)  # tensor-parallel ranks that share a kv head
         q, k, v = (f"{name}.{part}" for part in "qkv")
@@ -94,7 +94,7 @@ class Attention(nn.Module):
         self.q_norm = self.k_norm = None
         if config.qk_layernorm:
             shape = config.normalization, self.head_dim, config.norm_epsilon
-            norm = partial(Norm, *shape, tp, partial=True, factory=factory, kernel=norms)
+            norm = partial(Norm, *shape, tp, partial=True, factory=factory, kernel=kernels.norm)
             self.q_norm, self.k_norm = norm(name=f"{name}.q_norm"), norm(name=f"{name}.k_norm")
         self.attend, self.recompute = attend, recompute.does("core_attn")
         self.dropout, self.key = config.attention_dropout, site_key(factory.seed, name)
@@ -116,12 +116,12 @@ class Attention(nn.Module):
         heads, kv_heads = self.local_heads
         qkv = self.qkv(x)
         if tokens.rotary is not None and self.q_norm is None:
-            qkv = rotate_(qkv, heads + kv_heads, self.head_dim, tokens.rotary)
+            qkv = rotate_(qkv, heads + kv_heads, self.head_dim, tokens.rotary, self.run)
         q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split([heads, kv_heads, kv_heads], 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
             if tokens.rotary is not None:
-                q, k = (rotate_(part, part.shape[2], self.head_dim, tokens.rotary) for part in (q, k))
+                q, k = (rotate_(part, part.shape[2], self.head_dim, tokens.rotary, self.run) for part in (q, k))
         attend = partial(self.attend, work=tokens.work, dropout=self._dropout(tokens), kept=tokens.kept)
         again = self.recompute and torch.is_grad_enabled()
         out = recomputed(attend, q, k, v) if again else attend(q, k, v)

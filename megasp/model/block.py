@@ -9,9 +9,9 @@ from megasp.model.activations import activation
 from megasp.model.attention import Attention, Tokens
 from megasp.model.dropout import dropout, site_key
 from megasp.model.init import Factory
+from megasp.model.kernels import EAGER, Kernels
 from megasp.model.layers import ColumnParallelLinear, RowParallelLinear
 from megasp.model.norm import Norm
-from megasp.model.norm_kernels import UNFUSED, NormKernel
 from megasp.model.products import PLAIN, Products
 from megasp.model.recompute import made_again, recomputed
 from megasp.model.tiles import tiled
@@ -25,6 +25,7 @@ class MLP(nn.Module):
     Args:
         recompute: whose "mlp_act" makes the activation's output again in the backward, "layernorm" the input.
         products: how the linear layers multiply.
+        kernels: of the activation.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class MLP(nn.Module):
         name: str,
         recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
         products: Products = PLAIN,
+        kernels: Kernels = EAGER,
     ) -> None:
         super().__init__()
         self.remake = recompute.does("mlp_act")
@@ -50,7 +52,7 @@ class MLP(nn.Module):
             factory=factory,
             products=products.keeping_input(recompute.does("layernorm")),
         )
-        self.activation = activation(config)
+        self.activation = activation(config, kernels.run)
         self.down = RowParallelLinear(
             config.mlp_size,
             config.hidden_size,
@@ -77,7 +79,7 @@ class Block(nn.Module):
         recompute: of which "selective" is done here; the rest is of whole layers.
         tiles: in which the MLP and its norm are computed, along the sequence.
         products: how the linear layers multiply.
-        norms: the kernel of norms.
+        kernels: of everything between the products.
 
     Where attention is over chunks of the sequence, the whole layer is computed chunk by chunk.
     """
@@ -93,7 +95,7 @@ class Block(nn.Module):
         recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
         tiles: int = 1,
         products: Products = PLAIN,
-        norms: NormKernel = UNFUSED,
+        kernels: Kernels = EAGER,
     ) -> None:
         super().__init__()
         self.recompute = recompute
@@ -109,15 +111,15 @@ class Block(nn.Module):
                 partial=sequence_parallel,
                 factory=factory,
                 name=f"{name}.{site}",
-                kernel=norms,
+                kernel=kernels.norm,
             )
 
         self.input_norm = norm("input_norm")
         options = config, state, sequence_parallel
-        self.attention = Attention(*options, attend, factory, f"{name}.attention", recompute, products, norms)
+        self.attention = Attention(*options, attend, factory, f"{name}.attention", recompute, products, kernels)
         self.mlp_norm = norm("mlp_norm")
-        self.mlp = MLP(*options, factory, f"{name}.mlp", recompute, products)
-        self.dropout = config.hidden_dropout
+        self.mlp = MLP(*options, factory, f"{name}.mlp", recompute, products, kernels)
+        self.dropout, self.run = config.hidden_dropout, kernels.run
         self.attention_key = site_key(factory.seed, f"{name}.attention residual")
         self.mlp_key = site_key(factory.seed, f"{name}.mlp residual")
 
@@ -132,8 +134,8 @@ class Block(nn.Module):
         return tiled(chunk, x, self.chunks, list(self.parameters()), past)
 
     def _layer(self, x: Tensor, tokens: Tokens) -> Tensor:
-        x = x + dropout(self._attention(x, tokens), self.dropout, self.attention_key, tokens.keys)
-        return x + dropout(self._mlp(x), self.dropout, self.mlp_key, tokens.keys)
+        x = x + dropout(self._attention(x, tokens), self.dropout, self.attention_key, tokens.keys, self.run)
+        return x + dropout(self._mlp(x), self.dropout, self.mlp_key, tokens.keys, self.run)
 
     def _attention(self, x: Tensor, tokens: Tokens) -> Tensor:
         normed = self.input_norm(x)

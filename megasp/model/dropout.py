@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megasp.footprint import Part
+from megasp.model.elementwise import Body, Run, eager
 
 
 @dataclass(frozen=True)
@@ -40,30 +41,51 @@ def _mix(z: Tensor) -> Tensor:
 
 def uniform_bits(key: int, keys: TokenKeys, features: int) -> Tensor:
     """Uniform 31-bit integers, int64 [S, B, features]."""
-    device = keys.positions.device
+    token, feature = _names(key, keys, features)
+    return _bits(token, feature)
+
+
+def _names(key: int, keys: TokenKeys, features: int) -> tuple[Tensor, Tensor]:
+    """What the bits of an element are mixed from: int64 [S, B, 1] and [1, 1, features]."""
     sample = _mix(keys.samples + key)
     token = _mix(keys.positions[:, None] + sample[None, :])
-    feature = _mix(torch.arange(features, device=device) + (key ^ 0x5DEECE66D))
-    return _mix(token[:, :, None] ^ feature) & 0x7FFFFFFF
+    feature = _mix(torch.arange(features, device=keys.positions.device) + (key ^ 0x5DEECE66D))
+    return token[:, :, None], feature[None, None]
+
+
+def _bits(token: Tensor, feature: Tensor) -> Tensor:
+    return _mix(token ^ feature) & 0x7FFFFFFF
+
+
+def _drop(x: Tensor, token: Tensor, feature: Tensor, probability: float) -> tuple[Tensor, Tensor]:
+    """y, and which elements are kept."""
+    kept = _bits(token, feature) >= int(probability * 2**31)
+    return (x * kept).mul_(1 / (1 - probability)), kept
+
+
+def _drop_backward(dy: Tensor, kept: Tensor, probability: float) -> Tensor:
+    return (dy * kept).mul_(1 / (1 - probability))
+
+
+_DROP, _DROP_BACKWARD = Body("dropout", _drop), Body("dropout's backward", _drop_backward)
 
 
 class _Dropout(torch.autograd.Function):
     """Saves the mask, one byte an element."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, probability: float, key: int, keys: TokenKeys) -> Tensor:
-        kept = uniform_bits(key, keys, x.shape[-1]) >= int(probability * 2**31)
+    def forward(ctx: Any, x: Tensor, probability: float, key: int, keys: TokenKeys, run: Run) -> Tensor:
+        y, kept = run(_DROP, x, *_names(key, keys, x.shape[-1]), probability=probability)
         ctx.save_for_backward(kept)
-        ctx.scale = 1 / (1 - probability)
-        return (x * kept).mul_(ctx.scale)
+        ctx.probability, ctx.run = probability, run
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        (kept,) = ctx.saved_tensors
-        return (dy * kept).mul_(ctx.scale), None, None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.run(_DROP_BACKWARD, dy, *ctx.saved_tensors, probability=ctx.probability), None, None, None, None
 
 
-def dropout(x: Tensor, probability: float, key: int, keys: TokenKeys | None) -> Tensor:
+def dropout(x: Tensor, probability: float, key: int, keys: TokenKeys | None, run: Run = eager) -> Tensor:
     """Drop elements of `x` [S, B, D] with `probability` and scale the rest by 1 / (1 - probability).
 
     Args:
@@ -72,7 +94,7 @@ def dropout(x: Tensor, probability: float, key: int, keys: TokenKeys | None) -> 
     """
     if probability == 0 or keys is None:
         return x
-    return _Dropout.apply(x, probability, key, keys)
+    return _Dropout.apply(x, probability, key, keys, run)
 
 
 def attention_bits(key: int, samples: Tensor, first_head: int, heads: int, queries: Tensor, keys: Tensor) -> Tensor:
@@ -92,12 +114,12 @@ def attention_bits(key: int, samples: Tensor, first_head: int, heads: int, queri
     return _mix(row ^ column) & 0x7FFFFFFF
 
 
-def dropout_footprint(elements: int, item: int) -> Part:
+def dropout_footprint(elements: int, item: int, compiled: bool = False) -> Part:
     """Bytes of dropping from `elements` elements: the bits are 64 wide while they are mixed."""
     return Part(
         "residual branch",
         elements * item,
-        24 * elements,
+        (item + 1 if compiled else 24) * elements,
         elements * item,
         {"dropout masks": elements},
         keeps_input=False,

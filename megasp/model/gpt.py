@@ -19,10 +19,10 @@ from megasp.model.attention import Tokens
 from megasp.model.block import Block
 from megasp.model.dropout import TokenKeys, dropout, site_key
 from megasp.model.init import Factory
+from megasp.model.kernels import EAGER, Kernels
 from megasp.model.layers import VocabParallelEmbedding, lookup, replicated
 from megasp.model.loss import linear_cross_entropy
 from megasp.model.norm import Norm
-from megasp.model.norm_kernels import UNFUSED, NormKernel
 from megasp.model.offload import Offload
 from megasp.model.products import PLAIN, Products
 from megasp.model.recompute import recomputed, shared_out
@@ -47,7 +47,7 @@ class GPTModel(nn.Module):
         tiled_mlp: tiles of the sequence in which each MLP is computed.
         head_bytes: of the logits that exist at a time; 128 MiB without it.
         offloaded_layers: first layers whose activations go to the host.
-        norms: the kernel of norms.
+        kernels: of everything between the products.
         products: layer number -> how its linear layers multiply; in the dtype of the parameters without it.
         factory: device, dtype and seed of the parameters.
 
@@ -71,7 +71,7 @@ class GPTModel(nn.Module):
         tiled_mlp: int = 1,
         head_bytes: int | None = None,
         offloaded_layers: int = 0,
-        norms: NormKernel = UNFUSED,
+        kernels: Kernels = EAGER,
         products: Callable[[int], Products] = lambda number: PLAIN,
         factory: Factory | None = None,
     ) -> None:
@@ -93,12 +93,12 @@ class GPTModel(nn.Module):
             piece = replicated("position_embedding.weight", shape, state.tp, partial=self.sequence_parallel)
             self.position_embedding = factory.parameter([piece.with_facts(init_std=config.init_method_std, decay=True)])
         self.embedding_key = site_key(factory.seed, "embedding")
-        self.offloaded_layers, self.head_bytes = offloaded_layers, head_bytes
+        self.offloaded_layers, self.head_bytes, self.run = offloaded_layers, head_bytes, kernels.run
         self.copies = copier(state.device if offloaded_layers else torch.device("cpu"))
         self.groups = recompute.groups(len(layers))
         self.recompute = [recompute if again else Recompute() for group, again in self.groups for _ in group]
         self.layers = nn.ModuleList(
-            Block(config, state, *options, f"layers.{number}", again, tiled_mlp, products(number), norms)
+            Block(config, state, *options, f"layers.{number}", again, tiled_mlp, products(number), kernels)
             for number, again in zip(layers, self.recompute, strict=True)
         )
         self.final_norm = self.head = None
@@ -112,7 +112,7 @@ class GPTModel(nn.Module):
                 factory=factory,
                 name="final_norm",
                 tiles=self.attend.sequence_chunks,
-                kernel=norms,
+                kernel=kernels.norm,
             )
             shared = self.embedding if first else self._embedding(factory, "embedding", 1) if tied else None
             self.head = shared if tied else self._embedding(factory, "head")
@@ -175,7 +175,7 @@ class GPTModel(nn.Module):
         mask = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask
         axis, weight = self.state.tp, self.head.weight
         split, size = self.sequence_parallel, self.head_bytes
-        return linear_cross_entropy(x, weight, labels.t(), mask.t(), axis, split, size)
+        return linear_cross_entropy(x, weight, labels.t(), mask.t(), axis, split, size, self.run)
 
     def _run(self, group: range, x: Tensor, info: Tokens) -> Tensor:
         """Some layers, recomputed in the backward as one where whole layers are."""
@@ -223,7 +223,7 @@ class GPTModel(nn.Module):
         if self.position_embedding is not None:
             seen = positions if positions.dim() == 2 else positions[:, None]
             x = x + lookup(self._shard(seen), self.position_embedding)
-        return dropout(x, self.config.hidden_dropout, self.embedding_key, keys)
+        return dropout(x, self.config.hidden_dropout, self.embedding_key, keys, self.run)
 
     def _logits(self, x: Tensor) -> Tensor:
         """[S, B, D] (or a shard of it) -> [B, S, V]."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megasp.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
 from megasp.footprint import Part
+from megasp.model.elementwise import Body, Run, eager
 from megasp.model.matmul import linear, product
 from megasp.model.weight_gradients import gradient_dtype
 from megasp.parallel_state import Axis
@@ -37,6 +38,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         split: bool,
         chunk: int,
         train: bool,
+        run: Run,
     ) -> Tensor:
         ctx.axis, ctx.split = axis, split
         full = start_all_gather(hidden, axis).wait() if split else hidden
@@ -53,7 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             data = rows[part], labels[part], mask[part]
             dpart = None if dhidden is None else dhidden[part]
-            dweight = _add_chunk(loss, dpart, dweight, data, weight, axis, dtypes)
+            dweight = _add_chunk(loss, dpart, dweight, data, weight, axis, dtypes, run)
         if dhidden is not None:
             ctx.save_for_backward(dhidden.view_as(full), None if dweight is None else dweight.to(dtype))
             ctx.dtype = gradient_dtype(weight)
@@ -66,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         pending = reduce(dhidden.mul_(grad), ctx.axis)
         if dweight is not None:
             dweight = dweight.mul_(grad).to(ctx.dtype)
-        return pending.wait(), dweight, None, None, None, None, None, None
+        return pending.wait(), dweight, None, None, None, None, None, None, None
 
 
 def _add_chunk(
@@ -77,6 +79,7 @@ def _add_chunk(
     weight: Tensor,
     axis: Axis,
     dtypes: Sequence[torch.dtype],
+    run: Run,
 ) -> Tensor | None:
     """Add some rows' loss to `loss`, leave their gradient in `dhidden`, and return the sum of the weight's.
 
@@ -85,8 +88,9 @@ def _add_chunk(
         dweight: of the rows before; None at the first.
         data: hidden [R, D], labels and mask [R].
         dtypes: of the weight's gradient, and of its sum; empty where it is not wanted.
+        run: as `_chunk_loss` takes it.
     """
-    chunk_loss, dlogits = _chunk_loss(data[0], weight, *data[1:], axis, dhidden is not None)
+    chunk_loss, dlogits = _chunk_loss(data[0], weight, *data[1:], axis, dhidden is not None, run)
     loss += chunk_loss
     if dhidden is None or dlogits is None:
         return None
@@ -98,7 +102,7 @@ def _add_chunk(
 
 
 def _chunk_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, axis: Axis, train: bool
+    hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, axis: Axis, train: bool, run: Run
 ) -> tuple[Tensor, Tensor | None]:
     """Masked sum of the losses of some rows, and its gradient by this rank's logits.
 
@@ -110,15 +114,8 @@ def _chunk_loss(
     elsewhere = (local < 0) | (local >= weight.shape[0])
     local = local.masked_fill(elsewhere, 0)[:, None]
     target = logits.gather(1, local).squeeze(1).to(wide).masked_fill(elsewhere, 0)
-    largest, total = (target.new_empty(target.shape) for _ in range(2))
-    passes = _passes(logits, wide)
-    for rows in passes:
-        part = logits[rows].to(wide)
-        largest[rows] = part.amax(1)
-        total[rows] = part.sub_(largest[rows, None]).exp_().sum(1)
-        logits[rows] = part  # which it already is where the dtypes are the same
-        del part
-    statistics = torch.stack((largest, total, target))
+    largest, total = run(_SUMS, logits)
+    statistics = torch.stack((largest.squeeze(1), total.squeeze(1), target))
     every_largest, every_total, every_target = start_all_gather(statistics[None], axis).wait().unbind(1)
     full_largest = every_largest.amax(0)
     full_total = ((every_largest - full_largest).exp() * every_total).sum(0)
@@ -126,12 +123,46 @@ def _chunk_loss(
     if not train:
         return loss, None
     mask = mask.to(wide)
-    scale = ((largest - full_largest).exp() / full_total * mask)[:, None]
+    scale = (largest - full_largest[:, None]).exp() / full_total[:, None] * mask[:, None]
     at_label = (-mask).masked_fill(elsewhere, 0)[:, None]
-    for rows in passes:
-        dlogits = logits[rows].to(wide).mul_(scale[rows])
-        logits[rows] = dlogits.scatter_add_(1, local[rows], at_label[rows])
+    run(_GRADIENT, logits, largest, scale, local, at_label)
     return loss, logits
+
+
+def _sums(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row the largest logit and the sum of exp(logit - largest), [R, 1]; in place of the logits these exps."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    largest, total = (logits.new_empty((logits.shape[0], 1), dtype=wide) for _ in range(2))
+    for rows in _passes(logits, wide):
+        part = logits[rows].to(wide)
+        largest[rows] = part.amax(1, keepdim=True)
+        total[rows] = part.sub_(largest[rows]).exp_().sum(1, keepdim=True)
+        logits[rows] = part  # which it already is where the dtypes are the same
+        del part
+    return largest, total
+
+
+def _sums_whole(logits: Tensor) -> tuple[Tensor, Tensor]:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    largest = wide.amax(1, keepdim=True)
+    return largest, (wide - largest).exp().sum(1, keepdim=True)
+
+
+def _gradient(exps: Tensor, largest: Tensor, scale: Tensor, label: Tensor, at_label: Tensor) -> None:
+    """In place: exps * scale, and at_label more at the label; each [R, 1]."""
+    for rows in _passes(exps, scale.dtype):
+        dlogits = exps[rows].to(scale.dtype).mul_(scale[rows])
+        exps[rows] = dlogits.scatter_add_(1, label[rows], at_label[rows])
+
+
+def _gradient_whole(logits: Tensor, largest: Tensor, scale: Tensor, label: Tensor, at_label: Tensor) -> None:
+    """The same of the logits themselves."""
+    dlogits = (logits.to(scale.dtype) - largest).exp() * scale
+    hit = torch.arange(logits.shape[1], device=logits.device) == label
+    logits.copy_(dlogits + torch.where(hit, at_label, 0))
+
+
+_SUMS, _GRADIENT = Body("softmax's sums", _sums, _sums_whole), Body("loss's gradient", _gradient, _gradient_whole)
 
 
 def _passes(logits: Tensor, wide: torch.dtype) -> list[slice]:
@@ -149,6 +180,7 @@ def linear_cross_entropy(
     axis: Axis,
     sequence_parallel: bool = False,
     chunk_bytes: int | None = None,
+    run: Run = eager,
 ) -> Tensor:
     """Sum over tokens of mask * cross entropy(softmax(hidden weight^T), label), in fp32 or wider.
 
@@ -159,16 +191,24 @@ def linear_cross_entropy(
         mask: [S, B], the weight of each token's loss (0 or 1).
         axis: the tensor-parallel axis.
         chunk_bytes: of the logits that exist at a time, in the model's dtype; `CHUNK_BYTES` without it.
+        run: who passes over the logits.
     Returns:
         A scalar, the same on every rank of the axis. It may be differentiated once.
     """
     rows = max(1, (chunk_bytes or CHUNK_BYTES) // (weight.shape[0] * weight.itemsize))
     train = torch.is_grad_enabled()
-    return _LinearCrossEntropy.apply(hidden, weight, labels, mask, axis, sequence_parallel, rows, train)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, mask, axis, sequence_parallel, rows, train, run)
 
 
 def loss_footprint(
-    rows: int, size: int, vocabulary: int, item: int, gradient: int, split: int = 1, chunk_bytes: int | None = None
+    rows: int,
+    size: int,
+    vocabulary: int,
+    item: int,
+    gradient: int,
+    split: int = 1,
+    chunk_bytes: int | None = None,
+    compiled: bool = False,
 ) -> Part:
     """Bytes of head and loss: `rows` rows of `size` features, of which each of `split` ranks holds a shard, and this
     rank's `vocabulary` rows of the head, whose gradient is made in `gradient` bytes an element."""
@@ -176,7 +216,7 @@ def loss_footprint(
     chunk = min(rows, max(1, (chunk_bytes or CHUNK_BYTES) // (vocabulary * item)))
     hidden, weight = rows * size * item, vocabulary * size * gradient
     total = vocabulary * size * wide if chunk < rows else 0  # where there are several, their sum is wide
-    logits = chunk * vocabulary * (item + (wide if item < wide else 0))
+    logits = chunk * vocabulary * (item + (wide if item < wide and not compiled else 0))
     products = chunk * (vocabulary + size) * item + weight
     forward = hidden * (1 + (split > 1)) + total + max(logits, products)
     kept = {"head's gradients": hidden + weight}

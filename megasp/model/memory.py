@@ -39,7 +39,7 @@ class Sizes:
         chunks: of the sequence, one after another; `chunks_on_host`: where what they leave is.
         head_bytes: of the logits that exist at a time; the loss's own choice without it.
         products: how linear layers multiply.
-        fused_norms: whether a norm is one kernel.
+        fused_norms: whether a norm is one kernel; `compiled`: whether the rest between products is.
     """
 
     tokens: int
@@ -56,6 +56,7 @@ class Sizes:
     head_bytes: int | None = None
     products: Products = PLAIN
     fused_norms: bool = False
+    compiled: bool = False
 
     @property
     def split(self) -> int:
@@ -127,7 +128,8 @@ def _attention(model: ModelConfig, sizes: Sizes, recompute: Recompute, chunk: Pa
         parts.append(normed)
     if model.position_embedding_type == "rope":
         rotating = heads * (int(model.head_dim * model.rotary_percent) // 2 * 2) * item
-        parts.append(rotary_footprint(attention.qkv, rotating))
+        around = heads * model.head_dim * item if model.qk_layernorm else attention.qkv
+        parts.append(rotary_footprint(around, rotating, sizes.compiled))
     inner = attention_parts(attention, chunk)
     if recompute.does("core_attn"):
         parts.append(as_part(chain(inner, attention.qkv, "q, k, v"), attention.qkv, "attention output"))
@@ -151,7 +153,8 @@ def _branch_end(model: ModelConfig, sizes: Sizes) -> list[Part]:
 
 
 def _dropout(model: ModelConfig, sizes: Sizes) -> list[Part]:
-    return [dropout_footprint(sizes.rows * model.hidden_size, sizes.item)] if model.hidden_dropout else []
+    elements = sizes.rows * model.hidden_size
+    return [dropout_footprint(elements, sizes.item, sizes.compiled)] if model.hidden_dropout else []
 
 
 def _mlp(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[Part]:
@@ -164,7 +167,7 @@ def _mlp(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[Part]:
         inner = chain(parts, stream // sizes.tiles, STREAM)
         whole = tiled_footprint(inner, stream, sizes.tiles, model.hidden_size * (up + ffn), gradient)
         return [whole, *_dropout(model, sizes)]
-    act = activation_footprint(model, sizes.tokens * ffn * item)
+    act = activation_footprint(model, sizes.tokens * ffn * item, sizes.compiled)
     norm_again, act_again = recompute.does("layernorm"), recompute.does("mlp_act")
     norm, products = _norm(model, sizes, norm_again), sizes.products
     mlp = [
@@ -287,7 +290,8 @@ def last_footprint(model: ModelConfig, sizes: Sizes) -> Footprint:
     """The final norm, the head and the loss."""
     d, stream = model.hidden_size, sizes.rows * model.hidden_size * sizes.item
     vocabulary, item = model.padded_vocab_size // sizes.tp, sizes.item
-    loss = loss_footprint(sizes.tokens, d, vocabulary, item, sizes.head_gradient, sizes.split, sizes.head_bytes)
+    shape = sizes.tokens, d, vocabulary, item, sizes.head_gradient
+    loss = loss_footprint(*shape, sizes.split, sizes.head_bytes, sizes.compiled)
     norm = _norm(model, sizes)
     if sizes.chunks > 1:
         part = _norm(model, replace(sizes, tokens=sizes.tokens // sizes.chunks))

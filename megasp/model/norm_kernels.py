@@ -11,6 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megasp.model.compiled import compiled
+from megasp.model.elementwise import Body
+
 
 class NormKernel(Protocol):
     """Statistics are fp32 or wider, one of each kind a row, in a shape of the kernel's own."""
@@ -64,6 +67,26 @@ class Unfused:
             wide_dy.contiguous(), wide_x, weight.shape, mean, rstd, wide_weight, wide_bias, [True, True, True]
         )
         return dx.to(x.dtype), dweight, dbias
+
+
+class Compiled:
+    """The same mathematics in one kernel that torch.compile makes; weights' gradients are not rounded."""
+
+    def rms(self, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        return compiled(_RMS, x, weight, epsilon=epsilon)
+
+    def rms_backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        return compiled(_RMS_BACKWARD, dy, x, weight, rstd, epsilon=epsilon)
+
+    def layer(self, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+        return compiled(_LAYER, x, weight, bias, epsilon=epsilon)
+
+    def layer_backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return compiled(_LAYER_BACKWARD, dy, x, weight, bias, mean, rstd, epsilon=epsilon)
 
 
 class Fused:
@@ -164,8 +187,12 @@ def _te_dtype(x: Tensor) -> object:
 
 UNFUSED = Unfused()
 
+_RMS, _RMS_BACKWARD = Body("RMSNorm", UNFUSED.rms), Body("RMSNorm's backward", UNFUSED.rms_backward)
+_LAYER, _LAYER_BACKWARD = Body("LayerNorm", UNFUSED.layer), Body("LayerNorm's backward", UNFUSED.layer_backward)
+
 NORMS: dict[str, NormKernel] = {
     "unfused": UNFUSED,
+    "compiled": Compiled(),
     "fused": Fused(),
     "apex": Apex(),
     "transformer-engine": TransformerEngine(),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megasp.config.schema import ModelConfig
 from megasp.footprint import Part
+from megasp.model.elementwise import Body, Run, eager
 
 LLAMA3_LOW_FREQUENCY_FACTOR = 1.0
 LLAMA3_HIGH_FREQUENCY_FACTOR = 4.0
@@ -76,47 +77,73 @@ def cos_sin(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Rotate the leading channels of every head of `x` [S, B, N, H] into `out`; both may be the same tensor."""
-    half = cos.shape[-1]
-    first, second = x[..., :half], x[..., half : 2 * half]
+def _rotate_(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """Rotate the leading channels of the first `heads` heads of `x` [S, B, N, H] in place."""
+    half, turning = cos.shape[-1], x[:, :, :heads]
+    first, second = turning[..., :half], turning[..., half : 2 * half]
     rotated = first * cos - second * sin
-    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
-    out[..., :half].copy_(rotated)
+    torch.mul(second, cos, out=second).addcmul_(first, sin)
+    first.copy_(rotated)
+    return x
 
 
-class _RotateInPlace(torch.autograd.Function):
-    """Rotates the first `heads` heads of the fused [S, B, heads * H] in place; saves the tables alone."""
+def _rotate_back(dy: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    return _rotate_(dy.clone(memory_format=torch.contiguous_format), cos, -sin, heads)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """The same, written elsewhere: each value is read and written once."""
+    half = cos.shape[-1]
+    turning = (torch.arange(x.shape[2], device=x.device) < heads)[:, None]
+    first, second, still = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = first * cos - second * sin, second * cos + first * sin
+    # To join heads, too, would take a second tensor: a compiler joins along one dim without.
+    return torch.cat((torch.where(turning, turned[0], first), torch.where(turning, turned[1], second), still), -1)
+
+
+def _rotated_back(dy: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    return _rotated(dy, cos, -sin, heads)
+
+
+_ROTATE = Body("rotary", _rotate_, _rotated)
+_ROTATE_BACK = Body("rotary's backward", _rotate_back, _rotated_back)
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotates the first `heads` heads of the fused [S, B, heads * H]; saves the tables alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, heads: int, head_dim: int, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.mark_dirty(x)
+    def forward(ctx: Any, x: Tensor, heads: int, head_dim: int, cos: Tensor, sin: Tensor, run: Run) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.heads, ctx.head_dim = heads, head_dim
-        rotating = x.view(*x.shape[:2], -1, head_dim)[:, :, :heads]
-        _rotate(rotating, cos, sin, rotating)
+        ctx.heads, ctx.head_dim, ctx.run = heads, head_dim, run
+        given = x.view(*x.shape[:2], -1, head_dim)
+        y = run(_ROTATE, given, cos, sin, heads=heads)
+        if y is not given:
+            return y.view(x.shape)
+        ctx.mark_dirty(x)
         return x
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
-        cos, sin = ctx.saved_tensors
-        dx = dy.clone(memory_format=torch.contiguous_format)
-        rotating = dx.view(*dx.shape[:2], -1, ctx.head_dim)[:, :, : ctx.heads]
-        _rotate(rotating, cos, -sin, rotating)
-        return dx, None, None, None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        by_head = dy.reshape(*dy.shape[:2], -1, ctx.head_dim)
+        dx = ctx.run(_ROTATE_BACK, by_head, *ctx.saved_tensors, heads=ctx.heads)
+        return dx.view(dy.shape), None, None, None, None, None
 
 
-def rotate_(x: Tensor, heads: int, head_dim: int, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the first `heads` heads of `x` [S, B, heads' * H] in place (no copy is kept) and return it.
+def rotate_(x: Tensor, heads: int, head_dim: int, table: tuple[Tensor, Tensor], run: Run = eager) -> Tensor:
+    """Rotate the first `heads` heads of `x` [S, B, heads' * H] and return it: in place, so that no copy is kept, or by
+    one kernel into a tensor that takes its place.
 
     Args:
         table: `cos_sin` of the positions that this rank holds.
     """
-    return _RotateInPlace.apply(x, heads, head_dim, *table)
+    return _Rotate.apply(x, heads, head_dim, *table, run)
 
 
-def rotary_footprint(qkv: int, rotating: int) -> Part:
+def rotary_footprint(qkv: int, rotating: int, compiled: bool = False) -> Part:
     """Bytes of rotating `rotating` bytes of heads within a fused tensor of `qkv` bytes; the tables are of the model."""
+    if compiled:
+        return Part("q, k, v", qkv, qkv, qkv, keeps_input=False)
     working = 3 * rotating // 2
     return Part("q, k, v", None, working, qkv + working, keeps_input=False)
 

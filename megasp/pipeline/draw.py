@@ -5,6 +5,11 @@ from megasp.pipeline.simulate import Timeline
 
 COLOURS = {"F": "#7aa6da", "B": "#e2a14a", "I": "#e2a14a", "W": "#8bbf73"}
 
+IDLE = "#ececec"
+
+OUTLINED = 5
+"""Actions that are narrower, in pixels, have no outline, which would be all that is seen of them."""
+
 
 def text(timeline: Timeline) -> str:
     """One line a rank; an action is its kind and microbatch, later chunks in lower case, dots are bubbles.
@@ -31,26 +36,33 @@ def _label(action: Action, ranks: int) -> str:
 
 
 def svg(timeline: Timeline, width: int = 1200) -> str:
-    """The same as an SVG document; later chunks are paler."""
+    """The same as an SVG document that scales with its page; later chunks are paler."""
     schedule = timeline.schedule
     height, margin = 26, 60
     scale = (width - margin) / timeline.makespan
+    whole = height * schedule.ranks + 8
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height * schedule.ranks + 8}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{whole}" viewBox="0 0 {width} {whole}" '
         'font-family="sans-serif" font-size="11" text-anchor="middle">',
         '<rect width="100%" height="100%" fill="white"/>',
     ]
     for rank, row in enumerate(schedule.rows):
         y = 4 + rank * height
-        lines.append(f'<text x="{margin / 2}" y="{y + height / 2 + 4}">rank {rank}</text>')
+        lines.append(f'<text x="{margin / 2}" y="{y + height / 2 + 2}">rank {rank}</text>')
+        lines.append(
+            f'<rect x="{margin}" y="{y}" width="{width - margin}" height="{height - 4}" fill="{IDLE}">'
+            "<title>idle</title></rect>"
+        )
         for action in row:
             x = margin + timeline.start[action] * scale
             w = (timeline.end[action] - timeline.start[action]) * scale
             opacity = 1 - 0.5 * (action.stage // schedule.ranks) / max(1, schedule.stages // schedule.ranks - 1)
+            outline = ' stroke="white"' if w > OUTLINED else ""
+            what = f"{action.kind} of microbatch {action.microbatch}, stage {action.stage}"
             lines.append(
                 f'<rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="{height - 4}" fill="{COLOURS[action.kind]}" '
-                f'fill-opacity="{opacity:.2f}" stroke="white"><title>{action}</title></rect>'
+                f'fill-opacity="{opacity:.2f}"{outline}><title>{what}</title></rect>'
             )
-            if w > 8:
+            if w > 7 * len(str(action.microbatch)):
                 lines.append(f'<text x="{x + w / 2:.1f}" y="{y + height / 2 + 2}">{action.microbatch}</text>')
     return "\n".join([*lines, "</svg>", ""])

@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import yaml
 
 from megasp import log
 from megasp.config.flags import REQUIRED, flag
+from megasp.config.kernels import ATTENTION_KERNELS
 from megasp.planner import hardware
 from megasp.process_group import initialize_distributed
+from megasp.sequence_parallel import block_kernels
+from megasp.sequence_parallel.blocks import CAUSAL, Block
+from megasp.sequence_parallel.kernels import KERNELS
 
 REPEATS = 5
 HEAD_DIM = 128
@@ -58,7 +61,7 @@ def measure(device: torch.device, base: str) -> dict[str, Any]:
         "name": "calibrated",
         "hbm_TBps": _copy(device, 1 << (30 if fast else 24)) / 1e12,
         "matmul_TFLOPS": {"bf16": max(_matmul(device, n) for n in ((4096, 8192) if fast else (256, 512))) / 1e12},
-        "attention_TFLOPS": {"flash": _attention(device, (512, 2048, 8192) if fast else (128, 256))},
+        "attention_TFLOPS": _kernels(device, (512, 2048, 8192) if fast else (128, 256)),
     }
     if fast:
         properties = torch.cuda.get_device_properties(device)
@@ -102,17 +105,30 @@ def _copy(device: torch.device, size: int) -> float:
     return 2 * size / seconds(device, lambda: target.copy_(source))
 
 
-def _attention(device: torch.device, lengths: tuple[int, ...]) -> dict[str, Any]:
-    """TFLOP/s of causal attention, counted half, in each direction."""
+def _kernels(device: torch.device, lengths: tuple[int, ...]) -> dict[str, Any]:
+    """Rates of every attention kernel that runs here, by the names of --attention-backend."""
+    found = {}
+    for (name, kind), kernel in KERNELS.items():
+        if kind != device.type or name == "unfused" or not ATTENTION_KERNELS[name].installed:
+            continue
+        try:
+            found[name] = _attention(device, kernel, lengths)
+        except RuntimeError as error:
+            log.info(f"--attention-backend {name} does not run on this device: {error}")
+    return found
+
+
+def _attention(device: torch.device, kernel: block_kernels.Kernel, lengths: tuple[int, ...]) -> dict[str, Any]:
+    """TFLOP/s of causal attention, counted half, in each direction, by a kernel as training calls it."""
     forward, backward = [], []
     for length in lengths:
         shape = (1, 8, length, HEAD_DIM)
-        q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        q, k, v, dout = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(4))
         flops = 4 * 8 * HEAD_DIM * length * length / 2
-        attend = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
-        out = attend()
-        there = seconds(device, attend)
-        back = seconds(device, partial(torch.autograd.grad, out, (q, k, v), q.detach(), retain_graph=True))
+        block, options = Block(None, (0, length), (0, length), CAUSAL, 0, 0), block_kernels.Options(HEAD_DIM**-0.5)
+        out, lse = kernel.forward(q, k, v, block, options)
+        there = seconds(device, partial(kernel.forward, q, k, v, block, options))
+        back = seconds(device, partial(kernel.backward, dout, q, k, v, out, lse, block, options))
         forward.append(flops / there / 1e12)
         backward.append(2.5 * flops / back / 1e12)
     return {"lengths": list(lengths), "forward": {HEAD_DIM: forward}, "backward": {HEAD_DIM: backward}}

@@ -6,16 +6,17 @@ may begin from a known part (`base: h100-80`) and give only what differs.
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from math import log
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megasp.config.kernels import ATTENTION_KERNELS
 from megasp.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "gpus"
@@ -28,12 +29,23 @@ class Curve:
     sizes: tuple[float, ...]
     rates: tuple[float, ...]
 
+    @classmethod
+    def of(cls, sizes: Sequence[float], rates: Sequence[float], size_unit: float, rate_unit: float) -> "Curve":
+        """From a table's two rows.
+
+        Raises:
+            ValueError: they do not have as many entries, or sizes do not grow.
+        """
+        if len(sizes) != len(rates) or not sizes or sorted(set(sizes)) != list(sizes):
+            raise ValueError(f"{len(sizes)} growing sizes {list(sizes)} need as many rates, not {len(rates)}")
+        return cls(tuple(size * size_unit for size in sizes), tuple(rate * rate_unit for rate in rates))
+
     def __call__(self, size: float) -> float:
         if size <= self.sizes[0]:
             return self.rates[0]
         for (low, left), (high, right) in pairwise(zip(self.sizes, self.rates, strict=True)):
             if size <= high:
-                return left + (right - left) * log(size / low) / log(high / low)
+                return left + (right - left) * math.log(size / low) / math.log(high / low)
         return self.rates[-1]
 
 
@@ -139,10 +151,26 @@ def _read(path: Path) -> dict[str, Any]:
     if base is not None and base not in known():
         raise ConfigError(f"--gpu {path}, base {base}", f"it is one of {', '.join(known())}", "name one of them")
     everything = (_read(FOLDER / f"{base}.yaml") if base else {}) | values
+    _check_positive(path, {name: value for name, value in everything.items() if name != "compute_capability"})
     unknown = sorted(everything.keys() - _ENTRIES)
     if unknown:
         raise ConfigError(f"--gpu {path}, entry {unknown[0]}", f"it is one of {', '.join(_ENTRIES)}", "leave it out")
     return everything
+
+
+def _check_positive(path: Path, value: object, where: str = "") -> None:
+    """Refuse a figure that no machine has.
+
+    Raises:
+        ConfigError: a number that is not positive and finite.
+    """
+    if isinstance(value, int | float) and not (0 < value < math.inf):
+        raise ConfigError(
+            f"--gpu {path}, {where} {value}", "every figure is a positive number", "measure it, or leave it to base"
+        )
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, part in inside:
+        _check_positive(path, part, f"{where} {name}".strip())
 
 
 _ENTRIES = (
@@ -157,14 +185,17 @@ def _build(values: dict[str, Any]) -> Hardware:
     collectives = node["collectives"]
     attention = {}
     for kernel, table in values["attention_TFLOPS"].items():
+        if kernel not in ATTENTION_KERNELS:
+            raise ValueError(f"attention_TFLOPS {kernel} is none of {', '.join(ATTENTION_KERNELS)}")
         curves = [
-            {
-                int(head): Curve(tuple(map(float, table["lengths"])), tuple(rate * 1e12 for rate in rates))
-                for head, rates in table[direction].items()
-            }
+            {int(head): Curve.of(table["lengths"], rates, 1.0, 1e12) for head, rates in table[direction].items()}
             for direction in ("forward", "backward")
         ]
         attention[kernel] = AttentionRates(*curves)
+    if "flash" not in attention:
+        raise KeyError("attention_TFLOPS: flash")
+    if "bf16" not in values["matmul_TFLOPS"] or "bf16" not in values["peak_TFLOPS"]:
+        raise KeyError("matmul_TFLOPS and peak_TFLOPS: bf16")
     return Hardware(
         name=str(values["name"]),
         memory=values["memory_GB"] * 1e9,
@@ -175,9 +206,7 @@ def _build(values: dict[str, Any]) -> Hardware:
         peak={precision: rate * 1e12 for precision, rate in values["peak_TFLOPS"].items()},
         attention=attention,
         node_gpus=int(node["gpus"]),
-        all_reduce=Curve(
-            tuple(size * 1e6 for size in collectives["MB"]), tuple(rate * 1e9 for rate in collectives["GBps"])
-        ),
+        all_reduce=Curve.of(collectives["MB"], collectives["GBps"], 1e6, 1e9),
         gather_rate=node["gather_GBps"] * 1e9,
         network_rate=values["network"]["GBps"] * 1e9,
         ports=int(values["network"]["per_node"]),

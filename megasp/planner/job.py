@@ -64,6 +64,7 @@ class Software:
         cast_weight_bytes: the same for an element of a weight and one direction of a microbatch; 0 where weights are
             cast once a step.
         gather_bytes: with fp8, of an element of an input that tensor-parallel ranks gather.
+        repeats_kv: whether keys and values are repeated in memory for every query head, and their gradients summed.
     """
 
     attention: str = "fused"
@@ -75,15 +76,17 @@ class Software:
     cast_bytes: int = 6
     cast_weight_bytes: int = 0
     gather_bytes: int = 2
+    repeats_kv: bool = False
     overlap_messages: bool = True
     overlap_gradients: bool = True
     whole_gradients: bool = False
 
 
 MEGASP = Software(accumulate_bytes=14, cast_bytes=11, cast_weight_bytes=9, gather_bytes=1)
-"""megasp on a GPU: eager element-wise operations; the backward's gathers and scatters beside GEMMs; weight gradients
-that are written in fp32 (2 bytes more than in bf16) and added up in it (12); fp8 operands that are read for the largest
-value, scaled, cast, and transposed, one after another, weights in each forward and backward, and gathered in fp8."""
+"""megasp on a GPU, without --compile: eager element-wise operations; the backward's gathers and scatters beside GEMMs;
+weight gradients that are written in fp32 (2 bytes more than in bf16) and added up in it (12); fp8 operands that are
+read for the largest value, scaled, cast, and transposed, one after another, weights in each forward and backward, and
+gathered in fp8."""
 
 
 def _casts(fp8: Fp8Config) -> dict[str, Any]:
@@ -123,7 +126,7 @@ class Job:
     @classmethod
     def of(cls, config: Config, layout: Layout) -> "Job":
         """The job that a validated configuration describes."""
-        stages = tuple(split(config))
+        stages, attention = tuple(split(config)), _attention_kernel(config)
         return cls(
             model=config.model,
             layout=layout,
@@ -144,7 +147,9 @@ class Job:
             recompute=Redone.of(config.activations, max(len(stage.layers) for stage in stages)),
             software=replace(
                 MEGASP,
-                attention=_attention_kernel(config),
+                attention=attention,
+                repeats_kv=attention == "fused",
+                fused=config.kernels.compile,
                 gradient_bytes=2 if config.training.grad_reduce_in_bf16 else 4,
                 accumulate_bytes=14 if config.training.widens_gradients("cuda") else 10,
                 **_casts(config.fp8),

@@ -68,23 +68,50 @@ def groups(job: Job) -> dict[str, Group]:
     }
 
 
-def layer_parts(job: Job, rates: Rates) -> dict[str, Parts]:
-    """F, I and W of a layer."""
-    compute = {kind: _work(job, rates, kind) for kind in "FIW"}
-    tensor = _tensor(job, rates)
-    ulysses, ring = _ulysses(job, rates), _ring(job, rates, compute)
-    made = {kind: compute[kind].parts() for kind in "FIW"}
-    for kind in "FI":
-        made[kind] |= {
-            "overhead": rates.fit.layer_seconds,
-            "tensor": tensor[kind],
-            "ulysses": ulysses[kind],
-            "ring": ring[kind],
-        }
-    gathered = job.recompute.gathers * rates.collective(groups(job)["tp"], 2.0 * job.tokens * job.model.hidden_size)
-    made["I"]["recompute"] = _recompute(job, compute["F"], made["F"]) + gathered
-    for kind, size in _offloaded(job).items():
-        made[kind]["offload"] = max(0.0, rates.host(size) - sum(made[kind].values()))
+@dataclass(frozen=True)
+class Plain:
+    """A layer without recompute, offload and sharding: what every choice of these has in common.
+
+    Attributes:
+        compute: F, I and W.
+        parts: of their time, exposed communication included.
+        gather: of a layer's input that tensor-parallel ranks share.
+    """
+
+    compute: dict[str, Work]
+    parts: dict[str, Parts]
+    gather: float
+
+    @classmethod
+    def of(cls, job: Job, rates: Rates) -> "Plain":
+        """It depends on tensor and context parallel sizes, the ring's exchange and the microbatch alone."""
+        compute = {kind: _work(job, rates, kind) for kind in "FIW"}
+        tensor, ulysses, ring = _tensor(job, rates), _ulysses(job, rates), _ring(job, rates, compute)
+        parts = {kind: compute[kind].parts() for kind in "FIW"}
+        for kind in "FI":
+            parts[kind] |= {
+                "overhead": rates.fit.layer_seconds,
+                "tensor": tensor[kind],
+                "ulysses": ulysses[kind],
+                "ring": ring[kind],
+            }
+        gather = rates.collective(groups(job)["tp"], 2.0 * job.tokens * job.model.hidden_size)
+        return cls(compute, parts, gather)
+
+    @property
+    def seconds(self) -> float:
+        """Of all directions."""
+        return sum(sum(parts.values()) for parts in self.parts.values())
+
+
+def layer_parts(job: Job, rates: Rates, plain: Plain | None = None) -> dict[str, Parts]:
+    """F, I and W of a layer, from what it has in common with others where that is known."""
+    plain = plain or Plain.of(job, rates)
+    made = {kind: dict(parts) for kind, parts in plain.parts.items()}
+    made["I"]["recompute"] = _recompute(job, plain.compute["F"], made["F"]) + job.recompute.gathers * plain.gather
+    if job.offload_activations or job.offload_attention > 1:
+        for kind, size in _offloaded(job).items():
+            made[kind]["offload"] = max(0.0, rates.host(size) - sum(made[kind].values()))
     if job.zero == 3:
         _zero3(job, rates, made)
     return made
@@ -157,6 +184,8 @@ def _elementwise_bytes(job: Job, rates: Rates, kind: str) -> float:
     if kind == "I":
         elements *= 1.5  # the gradient comes in besides what was kept
     size = 2 * elements * (1.0 if job.software.fused else rates.fit.unfused)
+    if job.software.repeats_kv:  # read and written; in the backward so are the sums of their gradients
+        size += (2 if kind == "F" else 4) * sum(_widths(job)) * job.layout.ring
     widths = 2 * model.hidden_size + queries + mlp
     if kind == "I":
         widths = queries + 2 * kv + 2 * model.hidden_size + mlp * (2 if model.swiglu else 1)

@@ -7,7 +7,9 @@ exchange, pipeline schedule, virtual stages, microbatch, recompute, ZeRO stage.
 """
 
 import dataclasses
+import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from megasp.config.load import Source
 from megasp.config.megatron_flags import translate
 from megasp.errors import ConfigError
 from megasp.planner import hardware, launch, longest, page, report
-from megasp.planner.search import Found, Plan, search
+from megasp.planner.search import ANSWERS, AXES, Found, Plan, search
 from megasp.planner.space import Request, layouts
 
 DEFAULTS: dict[str, Any] = {"bf16": True, "mock_data": True, "lr": 1e-4, "train_iters": 100_000, "eval_iters": 0}
@@ -73,7 +75,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     if options.explain:
         return _explain(request, options)
     begun = time.perf_counter()
-    found = search(request)
+    found = search(request, max(ANSWERS, options.top, options.dry_run))
     seconds = time.perf_counter() - begun
     if not found.plans:
         raise _nothing(found, request)
@@ -148,6 +150,15 @@ def _check(options: PlanOptions) -> None:
         raise ConfigError(f"--max-step-hours {options.max_step_hours:g}", rule, "give a positive number")
     if options.dry_run < 0:
         raise ConfigError(f"--dry-run {options.dry_run}", "it is a number of answers", "give 1 or more")
+    if options.html and not Path(options.html).parent.is_dir():
+        raise ConfigError(f"--html {options.html}", "its directory does not exist", "make it, or name another file")
+    for name in ("html", "launch", "dry_run"):
+        if options.explain and getattr(options, name):
+            raise ConfigError(
+                f"--explain with --{name.replace('_', '-')}",
+                "it explains one layout, and does nothing else",
+                "give that layout's sizes as flags (--tensor-model-parallel-size ...) in place of --explain",
+            )
 
 
 def _head(request: Request, found: Found, seconds: float) -> list[str]:
@@ -165,10 +176,11 @@ def _explain(request: Request, options: PlanOptions) -> int:
     wanted = Layout.parse(options.explain or "")
     ranks = wanted.world_size
     if request.gpus % ranks or (wanted.dp > 1 and ranks != request.gpus):
+        near = ranks * max(1, round(request.gpus / ranks))
         raise ConfigError(
             f"--explain {options.explain} on {request.gpus} GPUs",
             f"its {ranks} ranks must be all of them, or a part that data parallelism multiplies",
-            f"say --gpus {ranks}, or leave dp out",
+            "leave dp out" if request.gpus % (ranks // wanted.dp) == 0 else f"say --gpus {near}, or other sizes",
         )
     axes = {
         "tensor_model_parallel_size": wanted.tp,
@@ -176,7 +188,7 @@ def _explain(request: Request, options: PlanOptions) -> int:
         "ulysses_size": wanted.ulysses,
         "ring_size": wanted.ring,
     }
-    if wanted.zero:
+    if "zero" in (options.explain or ""):
         axes["data_parallel_sharding_strategy"] = ("no_shard", "optim", "optim_grads", "optim_grads_params")[
             wanted.zero
         ]  # type: ignore[assignment]
@@ -204,8 +216,22 @@ def _nothing(found: Found, request: Request) -> ConfigError:
             f"no layout fits: the smallest needs {peak / 1e9:.0f} GB of {gpu.memory / 1e9:.0f} on a GPU",
             "use more GPUs or larger ones, a shorter sequence, or leave recompute and sharding to the planner",
         )
+    asked = {name: getattr(request.config.parallel, name) for name in AXES[:4] if not request.free(name)}
+    ranks = math.prod(asked.values())
+    if request.gpus % ranks:
+        return ConfigError(
+            f"{request.gpus} GPUs for " + ", ".join(f"{name.replace('_', '-')} {n}" for name, n in asked.items()),
+            f"the sizes that are given take {ranks} ranks, which must divide the GPUs",
+            f"use {ranks * max(1, round(request.gpus / ranks))} GPUs, or leave a size to the planner",
+        )
+    if not found.illegal:
+        try:
+            request.legal({})  # sizes that are given and contradict each other
+        except ConfigError as contradiction:
+            return contradiction
     near = " or ".join(str(gpus) for gpus in _nearest(request))
-    error = next(iter(found.illegal.values()), None)
+    rules = Counter(error.rule for error in found.illegal.values())  # the one that most layouts break
+    error = max(found.illegal.values(), key=lambda error: rules[error.rule], default=None)
     if error is not None:
         return error if not near else ConfigError(error.got, error.rule, f"{error.fix}; {near} GPUs have a layout")
     return ConfigError(

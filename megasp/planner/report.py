@@ -1,8 +1,11 @@
 """What a person reads of a search: a table, why the rest is not in it, and one layout explained."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
+from megasp.errors import ConfigError
 from megasp.model.flops import flops_per_token
+from megasp.planner import attention
 from megasp.planner.job import Job
 from megasp.planner.layer_time import COMPONENTS, groups
 from megasp.planner.rates import Rates
@@ -70,7 +73,7 @@ def table(found: Found, request: Request, top: int) -> list[str]:
             f"{place:2}  {plan.layout.name:{width}}  {time.seconds:6.4g}  {time.tokens_per_second_per_gpu:12,.0f}  "
             f"{mfu(plan, request):5.1%}  {time.bubble:6.1%}  {plan.peak / 1e9:6.1f}  {options(plan)}"
         )
-    return lines
+    return [*lines, *attention.compared(plans[0].time, plans[0].config, request.hardware)]
 
 
 def rejections(found: Found, request: Request) -> Iterator[str]:
@@ -98,13 +101,17 @@ def _reason(found: Found, request: Request, best: Plan, name: str, value: object
     plan = next((plan for plan in found.plans if plan.values.get(name) == value), None)
     if plan is not None:
         return slower(timed(plan, request), best, request)
-    bounds = [item for key, item in found.bounds.items() if has in key]
-    if bounds:
-        return slower(step_time(min(bounds, key=lambda item: item[0])[1], Rates(request.hardware)), best, request)
+    errors = [error for key, error in found.illegal.items() if has in key]
+    for bound, values in sorted((item for key, item in found.bounds.items() if has in key), key=lambda item: item[0]):
+        try:
+            job = Job.of(*request.legal(values))
+        except ConfigError as error:
+            errors.append(error)
+            continue
+        return slower(step_time(job, Rates(request.hardware)), best, request, bound)
     large = [peak for key, (peak, _) in found.too_large.items() if has in key]
     if large:
         return f"does not fit: {min(large) / 1e9:.0f} GB at least on a GPU of {request.hardware.memory / 1e9:.0f}"
-    errors = [error for key, error in found.illegal.items() if has in key]
     return f"cannot be: {errors[0].got}: {errors[0].rule}" if errors else "not looked into"
 
 
@@ -113,12 +120,17 @@ def timed(plan: Plan, request: Request) -> StepTime:
     return plan.time if plan.time.parts else step_time(plan.time.job, Rates(request.hardware))
 
 
-def slower(time: StepTime, best: Plan, request: Request) -> str:
-    """By how much, and what takes most of it."""
+def slower(time: StepTime, best: Plan, request: Request, at_least: float | None = None) -> str:
+    """By how much, and what takes most of it.
+
+    Args:
+        at_least: seconds, where the time is but one of something of which no less is known.
+    """
     work = time.job.step_tokens / best.time.job.step_tokens
     more = {name: time.parts.get(name, 0.0) / work - best.time.parts.get(name, 0.0) for name in COMPONENTS}
     worst = max(more, key=lambda name: more[name])
-    words = f"{time.seconds / work / best.time.seconds - 1:+.1%} as {time.job.layout.name}"
+    words = f"{(at_least or time.seconds / work) / best.time.seconds - 1:+.1%}{' or more' * (at_least is not None)}"
+    words += f" as {time.job.layout.name}"
     if more[worst] <= 0:
         return words
     return words + f", {more[worst]:.2g} s more of {WORDS[worst]}{_where(time.job, worst, request)}"
@@ -152,8 +164,17 @@ def explain(plan: Plan, request: Request, found: Found) -> list[str]:
             bar = "#" * round(40 * seconds / time.seconds)
             lines.append(f"  {WORDS[name]:30} {seconds:9.3f} s {seconds / time.seconds:6.1%}  {bar}")
     lines += ["", f"memory, GB of {request.hardware.memory / 1e9:.0f}", *memory_lines(plan), ""]
-    lines += _changes(plan, request, found)
-    return lines
+    return [*lines, *_compiled(plan, request), *_changes(plan, request, found)]
+
+
+def _compiled(plan: Plan, request: Request) -> list[str]:
+    """What the option that no layout excludes would gain."""
+    job = plan.time.job
+    if job.software.fused:
+        return []
+    fused = replace(job, software=replace(job.software, fused=True))
+    seconds = step_time(fused, Rates(request.hardware)).seconds
+    return [f"With --compile {seconds:.4g} s a step ({seconds / plan.time.seconds - 1:+.1%})."]
 
 
 def memory_lines(plan: Plan) -> list[str]:

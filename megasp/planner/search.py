@@ -1,20 +1,25 @@
-"""Finds the layouts that train fastest and fit.
+"""Finds the layouts that train fastest and fit, by best-first branch and bound.
 
-    bound     for every combination of axes: compute and exposed communication of the layers alone, without bubbles,
-              imbalance and gradients, which can only add to it; what cannot fit ends here.
-    walk      axes from the lowest bound up; each with all schedules, microbatches, recompute and sharding, timed by
-              closed forms: the fastest whose memory fits, by the account. Ends where a bound is above the best found.
-    simulate  the pipelines of the best with the simulator that training's schedules are tested by.
+What is chosen step by step narrows, and each step has a bound: the least seconds of everything that is left below it.
+
+    axes        the layers' compute and exposed communication alone
+    microbatch  the same, with the time of a recompute
+    schedule    the pipeline's closed form: bubble, head, imbalance
+    sharding    all of the step's closed form; only here the account of memory is asked
+
+The least bound is always looked into next, so an answer is found before anything slower is looked at, nothing faster is
+passed over, and what the closed forms put within `CLOSE` of the best is simulated by the simulator that training's
+schedules are tested by. (`benchmarks/search.py` compares this with everything there is.)
 
 One answer is kept for each combination of tensor, pipeline and context parallel sizes, so that ten answers are ten
 different layouts.
 """
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from heapq import heapify, heappop, heappush
-from itertools import count, islice
+from functools import partial
+from heapq import heappop, heappush
 
 from megasp.config.layout import Layout
 from megasp.config.pipeline import PipelinePlan
@@ -24,32 +29,24 @@ from megasp.errors import ConfigError
 from megasp.model.memory import Sizes
 from megasp.planner import space
 from megasp.planner.job import Job
-from megasp.planner.layer_time import layer_parts
 from megasp.planner.memory import End, Floor, Memory, ends, memory, pipeline_ends
 from megasp.planner.rates import Rates
-from megasp.planner.space import MemoryOption, Request, Values
-from megasp.planner.step_time import Microbatch, StepTime, least_seconds, quick_seconds, step_time
+from megasp.planner.space import Recompute, Request, Sharding, Values
+from megasp.planner.step_time import Microbatch, PlainMicrobatch, StepTime, least_seconds, quick_seconds, step_time
 from megasp.training.memory import sizes_of
 
 Key = tuple[tuple[str, object], ...]
 
 AXES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "ulysses_size", "ring_size", "cp_comm_type")
 
-MARGIN = 1.05
-"""Axes whose bound is so much above the best found are not looked into."""
+ANSWERS = 10
+"""So many different answers are looked for."""
 
-SPLITS = 2
-"""Ways to split a context-parallel size into Ulysses and ring that are looked into, those of the lowest bounds: bounds
-count all that distinguishes them."""
+MARGIN = 1.3
+"""Where fewer have been found, slower ones are looked for up to so many times the best."""
 
-ACCOUNTS = 40
-"""Combinations of some axes that may fail by the account before the axes are given up."""
-
-SHARDINGS = 3
-"""Ways of sharding that are timed for a recompute: those that shard least of what may fit."""
-
-SIMULATED = 16
-"""Best answers whose pipelines are simulated, and whose memory is counted on every pipeline rank."""
+CLOSE = 1.03
+"""All that the closed forms put within this of the best is simulated: they may be so much off the simulation."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +71,8 @@ class Found:
 
     Attributes:
         plans: the best first, one for each combination of axes.
-        bounds: axes that were not looked into, with the least that their step takes and a job on them.
-        illegal: axes that cannot run, with the rule's sentence.
+        bounds: axes with something that was not looked into: the least that its step takes, and its values.
+        illegal: axes that cannot run, with the rule's sentence, as far as they were looked into.
         too_large: axes of which something does not fit, with the smallest of those, in
             bytes, and its values.
         host: least memory of a node's host that what fits the GPUs needs, where no host has it.
@@ -84,7 +81,7 @@ class Found:
     """
 
     plans: list[Plan] = field(default_factory=list)
-    bounds: dict[Key, tuple[float, Job]] = field(default_factory=dict)
+    bounds: dict[Key, tuple[float, Values]] = field(default_factory=dict)
     illegal: dict[Key, ConfigError] = field(default_factory=dict)
     too_large: dict[Key, tuple[float, Values]] = field(default_factory=dict)
     host: float = float("inf")
@@ -93,12 +90,12 @@ class Found:
     space: int = 0
 
 
-def search(request: Request) -> Found:
+def search(request: Request, answers: int = ANSWERS) -> Found:
     """The answers to a request, and why others are none; where nothing fits, with the host's memory."""
-    found = _Search(request).run()
+    found = _Search(request, answers).run()
     if found.plans or request.host or not found.too_large:
         return found
-    return _Search(replace(request, host=True)).run()
+    return _Search(replace(request, host=True), answers).run()
 
 
 def axes_key(axes: Values) -> Key:
@@ -106,193 +103,230 @@ def axes_key(axes: Values) -> Key:
     return tuple((name, axes[name]) for name in AXES if name in axes)
 
 
+def _sizes(axes: Values) -> tuple[int, int, int]:
+    tp, pp, ulysses, ring = (axes[name] for name in AXES[:4])
+    return tp, pp, ulysses * ring
+
+
+@dataclass(frozen=True, order=True)
+class _Branch:
+    """Part of the space.
+
+    Attributes:
+        seconds: the least that a step takes in it.
+        order: of making, among equals.
+        axes: its own; `values`: with what else is chosen by now.
+        grow: yields its parts; the last ones yield nothing and may be an answer.
+    """
+
+    seconds: float
+    order: int
+    axes: Values = field(compare=False)
+    values: Values = field(compare=False)
+    grow: Callable[[], "Iterator[_Part]"] = field(compare=False)
+
+
+_Part = tuple[float, Values, "Callable[[], Iterator[_Part]]"]
+"""Seconds at least, what is chosen, and how it grows."""
+
+
 class _Search:
     """One search; jobs are made from the axes' own by what changes, and only what may win is validated again."""
 
-    def __init__(self, request: Request) -> None:
-        self.request, self.rates, self.found = request, Rates(request.hardware), Found()
+    def __init__(self, request: Request, answers: int) -> None:
+        self.request, self.answers, self.rates, self.found = request, answers, Rates(request.hardware), Found()
+        self._queue: list[_Branch] = []
+        self._grown = 0
+        self._best = float("inf")
+        self._plans: defaultdict[tuple[int, int, int], list[Plan]] = defaultdict(list)
+        self._failed: defaultdict[object, list[tuple[int, ...]]] = defaultdict(list)
         self._stages: dict[PipelinePlan, tuple[Stage, ...]] = {}
         self._ends: dict[object, tuple[End, ...]] = {}
         self._sizes: dict[object, tuple[Config, Sizes]] = {}
         self._floors: dict[object, Floor] = {}
+        self._plain: dict[object, PlainMicrobatch] = {}
         self._microbatches: dict[object, Microbatch] = {}
 
     def run(self) -> Found:
-        found, bounded = self.found, []
-        for axes in space.layouts(self.request):
-            found.space += 1
-            try:
-                bound, job = self._bound(axes)
-            except ConfigError as error:
-                found.illegal[axes_key(axes)] = error
+        found = self.found
+        self._plant()
+        while self._queue and self._queue[0].seconds <= self._limit():
+            branch = heappop(self._queue)
+            if branch.seconds > self._limit(_sizes(branch.axes)):
+                self._leave(branch)
                 continue
-            if bound < float("inf"):
-                bounded.append((bound, job, axes))
-        bounded.sort(key=lambda item: item[0])
-        looked: Counter[tuple[int, int, int]] = Counter()
-        best = float("inf")
-        for bound, job, axes in bounded:
-            sizes = job.layout.tp, job.layout.pp, job.layout.cp
-            if bound > MARGIN * best or looked[sizes] == SPLITS:
-                found.bounds[axes_key(axes)] = bound, job
-                continue
-            looked[sizes] += 1
-            plan = self._best(axes, job)
-            if plan is not None:
-                best = min(best, plan.time.seconds)
-                found.plans.append(plan)
-        found.plans = self._sharpened(found.plans)
+            for part in branch.grow():
+                self._push(branch.axes, *part)
+        for branch in self._queue:
+            self._leave(branch)
+        found.plans = self._sharpened()
         return found
 
-    def _sharpened(self, plans: list[Plan]) -> list[Plan]:
-        """The best of each combination of tensor, pipeline and context parallel sizes, their pipelines simulated."""
-        best: dict[tuple[int, int, int], Plan] = {}
-        for plan in sorted(plans, key=lambda plan: plan.time.seconds):
-            best.setdefault((plan.layout.tp, plan.layout.pp, plan.layout.cp), plan)
-        distinct = list(best.values())
-        sharp = [
-            replace(plan, time=step_time(plan.time.job, self.rates), memory=tuple(memory(plan.config, plan.layout)))
-            for plan in distinct[:SIMULATED]
-        ]
-        return sorted(sharp, key=lambda plan: plan.time.seconds) + distinct[SIMULATED:]
+    def _limit(self, sizes: tuple[int, int, int] | None = None) -> float:
+        """Seconds up to which anything is looked into, or what has these sizes."""
+        if sizes in self._plans or len(self._plans) >= self.answers:
+            return CLOSE * self._best
+        return MARGIN * self._best
 
-    def _bound(self, axes: Values) -> tuple[float, Job]:
-        """Seconds that a step takes at least, and a job on these axes.
+    def _push(self, axes: Values, seconds: float, values: Values, grow: Callable[[], Iterator[_Part]]) -> None:
+        self._grown += 1
+        heappush(self._queue, _Branch(seconds, self._grown, axes, values, grow))
 
-        The recompute that memory asks for even with everything sharded and 1F1B's few live microbatches is counted.
-        """
-        request = self.request
-        smallest = {"micro_batch_size": 1} if request.free("micro_batch_size") else {}
-        job = Job.of(*request.legal(axes | smallest))
-        options = space.memory_options(request, job.layout)
-        sharding = max(option.thrift[1] for option in options)
-        for option in options:
-            values = axes | smallest | option.values
-            if option.thrift[1] == sharding and self._fits_at_least(axes, values, job, option):
-                break
-        else:
-            return float("inf"), job
-        per_rank = request.config.model.num_layers / job.layout.pp
-        again = option.applied(job)
-        seconds = [
-            choice.microbatches
-            * per_rank
-            * sum(sum(kind.values()) for kind in layer_parts(choice, self.rates).values())
-            for choice, _ in self._micro_batches(again)
-        ]
-        return min(seconds, default=float("inf")), job
+    def _leave(self, branch: _Branch) -> None:
+        key = axes_key(branch.axes)
+        if branch.seconds < self.found.bounds.get(key, (float("inf"),))[0]:
+            self.found.bounds[key] = branch.seconds, branch.values
 
-    def _micro_batches(self, job: Job) -> Iterator[tuple[Job, Values]]:
-        samples = job.micro_batch * job.microbatches
-        for choice in space.micro_batches(self.request, job.layout.dp):
-            size = choice.get("micro_batch_size", job.micro_batch)
-            yield replace(job, micro_batch=size, microbatches=samples // size), choice
+    def _sharpened(self) -> list[Plan]:
+        """The best of each combination of sizes, simulated, with the memory of every pipeline rank."""
+        best = []
+        for plans in self._plans.values():
+            sharp = [replace(plan, time=step_time(plan.time.job, self.rates)) for plan in plans]
+            plan = min(sharp, key=lambda plan: plan.time.seconds)
+            best.append(replace(plan, memory=tuple(memory(plan.config, plan.layout))))
+        return sorted(best, key=lambda plan: plan.time.seconds)
 
-    def _groups(self, axes: Values, job: Job) -> Iterator[tuple[Values, Job]]:
-        """Schedules and microbatches of some axes."""
+    def _plant(self) -> None:
+        """Every combination of axes, with the time of its layers alone. Which are legal is seen where they are looked
+        into: the first that is shows what all have in common."""
+        some: Job | None = None
+        for axes in space.layouts(self.request):
+            self.found.space += 1
+            if some is None:
+                try:
+                    some = Job.of(*self.request.legal(axes | self._smallest))
+                except ConfigError as error:
+                    self.found.illegal[axes_key(axes)] = error
+                    continue
+            tp, pp, ulysses, ring = (axes[name] for name in AXES[:4])
+            dp = self.request.gpus // (tp * pp * ulysses * ring)
+            layout = Layout(tp=tp, pp=pp, ulysses=ulysses, ring=ring, dp_inner=dp)
+            job = replace(
+                some,
+                layout=layout,
+                sequence_parallel=axes.get("sequence_parallel", some.sequence_parallel),
+                ring_mode=axes.get("cp_comm_type", some.ring_mode),
+            )
+            layers = job.model.num_layers / pp
+            bounds = [
+                (choice.microbatches * layers * self._common(choice).layer.seconds, size)
+                for choice, size in self._micro_batches(job)
+            ]
+            bound, size = min(bounds, key=lambda each: each[0], default=(0.0, self._smallest))
+            self._push(axes, bound, axes | size, partial(self._of_axes, axes))
+
+    @property
+    def _smallest(self) -> Values:
+        return {"micro_batch_size": 1} if self.request.free("micro_batch_size") else {}
+
+    def _of_axes(self, axes: Values) -> Iterator[_Part]:
+        """Microbatches and recomputes."""
+        try:
+            job = Job.of(*self.request.legal(axes | self._smallest))
+        except ConfigError as error:
+            self.found.illegal[axes_key(axes)] = error
+            return
+        layers = job.model.num_layers / job.layout.pp
+        shardings = space.shardings(self.request, job.layout)
+        for recompute in space.recomputes(self.request, job.layout):
+            for choice, size in self._micro_batches(recompute.applied(job)):
+                seconds = choice.microbatches * layers * sum(self._microbatch(choice).layer)
+                grow = partial(self._of_microbatch, axes, axes | size, choice, recompute, shardings)
+                yield seconds, axes | size | recompute.values, grow
+
+    def _of_microbatch(
+        self, axes: Values, values: Values, job: Job, recompute: Recompute, shardings: list[Sharding]
+    ) -> Iterator[_Part]:
+        """Schedules."""
+        if not any(self._may_fit(axes, values, job, recompute, each) for each in shardings):
+            return
         for order in space.schedules(self.request, job.layout.pp):
             plan = job.plan
             if order:
                 chunks = order.get("num_virtual_stages_per_pipeline_rank")
                 plan = PipelinePlan.choose(order["pipeline_schedule"], job.layout.pp, chunks)
+            if plan.schedule == "interleaved" and job.microbatches % plan.ranks:
+                continue
             if plan not in self._stages:
-                self._stages[plan] = tuple(split(self.request.with_values(axes | order)))
-            for choice, size in self._micro_batches(replace(job, plan=plan, stages=self._stages[plan])):
-                if plan.schedule == "interleaved" and choice.microbatches % plan.ranks:
-                    continue
-                yield axes | order | size, choice
+                self._stages[plan] = tuple(split(self.request.with_values(values | order)))
+            this = replace(job, plan=plan, stages=self._stages[plan])
+            seconds = least_seconds(this, self.rates, self._microbatch(this))
+            grow = partial(self._of_schedule, axes, values | order, this, recompute, shardings)
+            yield seconds, values | order | recompute.values, grow
 
-    def _time(self, job: Job) -> float:
-        """Seconds of a step, about."""
-        self.found.tried += 1
-        return quick_seconds(job, self.rates, self._microbatch(job))
+    def _of_schedule(
+        self, axes: Values, values: Values, job: Job, recompute: Recompute, shardings: list[Sharding]
+    ) -> Iterator[_Part]:
+        """Shardings."""
+        for sharding in shardings:
+            this = sharding.applied(job)
+            self.found.tried += 1
+            seconds = quick_seconds(this, self.rates, self._microbatch(this))
+            grow = partial(self._answer, seconds, axes, values, this, recompute, sharding)
+            yield seconds, values | recompute.values | sharding.values, grow
 
-    def _least(self, job: Job) -> float:
-        """Seconds that a job takes however it is sharded."""
-        bare = replace(job, zero=0, offload_weights=False)
-        return least_seconds(bare, self.rates, self._microbatch(bare))
+    def _answer(
+        self, seconds: float, axes: Values, values: Values, job: Job, recompute: Recompute, sharding: Sharding
+    ) -> Iterator[_Part]:
+        """An answer where it fits and is legal. What saves no more than another of its schedule that did not fit, with
+        microbatches no smaller, does not fit either."""
+        yield from ()
+        failed = self._failed[axes_key(axes), job.plan]
+        saves = -job.micro_batch, *recompute.saves, *sharding.saves
+        if any(all(mine <= its for mine, its in zip(saves, other, strict=True)) for other in failed):
+            return
+        if not self._may_fit(axes, values, job, recompute, sharding):
+            return
+        values = values | recompute.values | sharding.values
+        ranks = self._memory(axes, values, sharding.layout)
+        if max(rank.needed for rank in ranks) > self.request.hardware.memory:
+            failed.append(saves)
+            return
+        if not self._host_holds(ranks, sharding.layout):
+            return
+        try:
+            config, layout = self.request.legal(values)
+        except ConfigError:
+            return
+        self._best = min(self._best, seconds)
+        self._plans[_sizes(axes)].append(
+            Plan(values, config, layout, StepTime(Job.of(config, layout), seconds, {}, 0.0), ranks)
+        )
+
+    def _micro_batches(self, job: Job) -> Iterator[tuple[Job, Values]]:
+        samples = (self.request.config.training.global_batch_size or job.layout.dp) // job.layout.dp
+        for choice in space.micro_batches(self.request, job.layout.dp):
+            size = choice.get("micro_batch_size", job.micro_batch)
+            yield replace(job, micro_batch=size, microbatches=samples // size), choice
+
+    def _common(self, job: Job) -> PlainMicrobatch:
+        layout = job.layout
+        key = layout.tp, layout.ulysses, layout.ring, job.ring_mode, job.micro_batch
+        if key not in self._plain:
+            self._plain[key] = PlainMicrobatch.of(job, self.rates)
+        return self._plain[key]
 
     def _microbatch(self, job: Job) -> Microbatch:
-        key = (
-            job.layout,
-            job.ring_mode,
-            job.micro_batch,
-            job.recompute,
-            job.offload_activations,
-            job.offload_attention,
-            job.zero,
-            job.offload_weights,
-        )
+        gathers = job.zero == 3 and (job.layout, job.offload_weights)
+        common = self._common(job)
+        key = id(common), job.recompute, job.offload_activations, job.offload_attention, gathers
         if key not in self._microbatches:
-            self._microbatches[key] = Microbatch.of(job, self.rates)
+            self._microbatches[key] = Microbatch.of(job, self.rates, common)
         return self._microbatches[key]
 
-    def _by_time(self, axes: Values, job: Job) -> Iterator[tuple[float, Values, Job, MemoryOption]]:
-        """Every combination on these axes that its floor lets fit, the fastest first. How to shard a schedule,
-        microbatch and recompute is looked at when no combination is left that is faster than these can be."""
-        recomputes: dict[int, list[MemoryOption]] = {}
-        for each in space.memory_options(self.request, job.layout):
-            recomputes.setdefault(each.thrift[0], []).append(each)
-        groups = list(self._groups(axes, job))
-        queue: list[tuple[float, int, int, MemoryOption | None]] = [
-            (self._least(options[0].applied(group)), place, again, None)
-            for place, (_, group) in enumerate(groups)
-            for again, options in recomputes.items()
-        ]
-        heapify(queue)
-        order = count()
-        while queue:
-            seconds, place, again, option = heappop(queue)
-            values, group = groups[place]
-            if option is not None:
-                yield seconds, values | option.values, group, option
-                continue
-            fitting = (each for each in recomputes[again] if self._fits_at_least(axes, values, group, each))
-            for each in islice(fitting, SHARDINGS):
-                heappush(queue, (self._time(each.applied(group)), place, len(recomputes) + next(order), each))
-
-    def _best(self, axes: Values, job: Job) -> Plan | None:
-        """The fastest combination on these axes that fits.
-
-        Combinations are taken from the fastest on, until one fits by the account; one that saves no more than another
-        of its schedule and microbatch that did not fit is passed over.
-        """
-        too_large: dict[tuple[PipelinePlan, int], list[tuple[int, int]]] = {}
-        accounts = 0
-        for seconds, values, group, option in self._by_time(axes, job):
-            failed = too_large.setdefault((group.plan, group.micro_batch), [])
-            if any(option.thrift[0] <= other[0] and option.thrift[1] <= other[1] for other in failed):
-                continue
-            ranks = self._memory(axes, values, option.layout)
-            on_gpu = max(rank.needed for rank in ranks) <= self.request.hardware.memory
-            if not on_gpu:
-                failed.append(option.thrift)
-            if not (on_gpu and self._host_holds(ranks, option.layout)):
-                accounts += 1
-                if accounts == ACCOUNTS:
-                    return None
-                continue
-            try:
-                config, layout = self.request.legal(values)
-            except ConfigError:
-                continue
-            return Plan(values, config, layout, StepTime(Job.of(config, layout), seconds, {}, 0.0), ranks)
-        return None
-
-    def _fits_at_least(self, axes: Values, values: Values, job: Job, option: MemoryOption) -> bool:
+    def _may_fit(self, axes: Values, values: Values, job: Job, recompute: Recompute, sharding: Sharding) -> bool:
         """Whether a GPU has what is needed at least; what cannot fit is noted."""
         shape = job.plan, job.layout.tp, job.microbatches
-        size = job.layout, job.ring_mode, job.micro_batch, option.thrift[0]
+        size = job.layout.tp, job.layout.ulysses, job.layout.ring, job.ring_mode, job.micro_batch, recompute.saves
         if (shape, size) not in self._floors:
             if shape not in self._ends:
                 self._ends[shape] = pipeline_ends(self.request.with_values(values), job.layout)
             if size not in self._sizes:
-                config = self.request.with_values(values | option.values)
+                config = self.request.with_values(values | recompute.values)
                 self._sizes[size] = config, sizes_of(config, job.layout, "cuda")
             self._floors[shape, size] = Floor.of(self._ends[shape], *self._sizes[size], job.microbatches)
-        key = shape, size
-        peak = self._floors[key].needed(option.layout, option.host)
-        return self._noted(axes, values | option.values, peak) <= self.request.hardware.memory
+        peak = self._floors[shape, size].needed(sharding.layout, sharding.host)
+        return self._noted(axes, values | recompute.values | sharding.values, peak) <= self.request.hardware.memory
 
     def _memory(self, axes: Values, values: Values, layout: Layout) -> tuple[Memory, ...]:
         """What the fullest pipeline ranks hold; what does not fit is noted."""

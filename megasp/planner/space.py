@@ -6,6 +6,7 @@ What the user gives stands; the rest is tried. Whether a combination is legal is
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from megasp.config.host_offload import HostOffloadConfig
@@ -13,6 +14,7 @@ from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.config.validate import validate
 from megasp.errors import ConfigError
+from megasp.planner import attention
 from megasp.planner.hardware import Hardware
 from megasp.planner.job import Job, Redone
 
@@ -35,7 +37,7 @@ RECOMPUTES: tuple[Values, ...] = (
 """From the fastest to the one that keeps least."""
 
 LONGEST: Values = {"recompute_granularity": "full", "tiled_mlp": 64, "cpu_offloading_activations": True}
-"""What keeps least of all, beside `HOST`."""
+"""What keeps least of all but chunks of the sequence, beside `HOST`."""
 
 CHUNK = 16384
 """Positions of a rank in a chunk of the sequence: as few as hide its copies from and to the host, and some more."""
@@ -65,6 +67,11 @@ class Request:
     gpus: int
     hardware: Hardware
     host: bool = False
+
+    @cached_property
+    def attention_kernel(self) -> str | None:
+        """The attention kernel to name, where the planner may choose it and one is faster than what is meant."""
+        return attention.fastest(self.config, self.hardware) if self.free("attention_backend") else None
 
     def free(self, name: str) -> bool:
         """Whether the planner may choose this field."""
@@ -144,6 +151,8 @@ def _axes(request: Request, tp: int, pp: int, ulysses: int, ring: int) -> Values
     }
     if request.free("sequence_parallel"):
         values["sequence_parallel"] = tp > 1
+    if request.attention_kernel is not None:
+        values["attention_backend"] = request.attention_kernel
     return values
 
 
@@ -185,88 +194,115 @@ def micro_batches(request: Request, dp: int) -> Iterator[Values]:
 
 
 @dataclass(frozen=True)
-class MemoryOption:
-    """What trades time for memory: recompute and sharding.
+class Recompute:
+    """What is computed twice or kept elsewhere, so that less is kept.
 
     Attributes:
         values: of the configuration.
-        layout: with this sharding.
         redone: what is recomputed; None where the request says it.
         offloaded: share of the layers whose kept activations go to the host; `chunks`: of the sequence, whose keys and
-            values do; `host`: what else does.
-        thrift: how much recompute and sharding save, each more than a smaller number's.
+            values do.
+        saves: how much; one whose numbers are none of them smaller than another's needs no more of the GPU.
     """
 
     values: Values
-    layout: Layout
     redone: Redone | None
     offloaded: float
     chunks: int
-    host: HostOffloadConfig
-    thrift: tuple[int, int]
+    saves: tuple[int, int]
 
     def applied(self, job: Job) -> Job:
         """The job with it."""
         again = job.recompute if self.redone is None else self.redone
         return dataclasses.replace(
+            job, recompute=again, offload_activations=self.offloaded, offload_attention=self.chunks
+        )
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How weights, gradients and optimizer are spread over ranks and host.
+
+    Attributes:
+        values: of the configuration.
+        layout: with this sharding.
+        host: what is on the host.
+        saves: as a recompute's.
+    """
+
+    values: Values
+    layout: Layout
+    host: HostOffloadConfig
+    saves: tuple[int, int, int, int]
+
+    def applied(self, job: Job) -> Job:
+        """The job with it."""
+        return dataclasses.replace(
             job,
             zero=self.layout.zero,
             layout=self.layout,
-            recompute=again,
-            offload_activations=self.offloaded,
-            offload_attention=self.chunks,
             offload_optimizer=self.host.moved_share,
             offload_weights=self.host.cpu_offloading_weights,
         )
 
 
-def memory_options(request: Request, layout: Layout) -> list[MemoryOption]:
-    """Every recompute and sharding of a layout, those that shard least first."""
-    parallel = request.config.parallel
+def recomputes(request: Request, layout: Layout) -> list[Recompute]:
+    """Every recompute that may be tried on a layout, the fastest first."""
     free = [request.free(name) for name in ("recompute_granularity", "recompute_method", "recompute_modules")]
-    recomputes = [*RECOMPUTES, *(_long(request, layout) if request.host else [])] if all(free) else [{}]
-    recomputes = [each for each in recomputes if request.allows(each)] or [{}]
-    stages: list[str | None] = [*SHARDING]
+    ordered: list[Values] = [{}]
+    chunked: list[Values] = []
+    if all(free):
+        ordered = [each for each in (*RECOMPUTES, *[LONGEST] * request.host) if request.allows(each)] or [{}]
+        chunked = [each for each in _chunked(request, layout) if request.allows(each)] if request.host else []
+
+    def made(values: Values, saves: tuple[int, int]) -> Recompute:
+        activations = request.with_values(values).activations
+        redone = Redone.of(activations) if values else None
+        return Recompute(
+            values, redone, float(activations.cpu_offloading_activations), activations.chunks_on_host, saves
+        )
+
+    first = [made(values, (place, 0)) for place, values in enumerate(ordered)]
+    return first + [made(values, (0, place)) for place, values in enumerate(chunked, 1)]
+
+
+def shardings(request: Request, layout: Layout) -> list[Sharding]:
+    """Every sharding of a layout, those that shard least first."""
+    stages: list[int | None] = [*range(len(SHARDING))]
     if not (request.free("data_parallel_sharding_strategy") and request.free("use_distributed_optimizer")):
         stages = [None]
     elif layout.dp * layout.cp == 1:
-        stages = [SHARDING[0]]
+        stages = [0]
     made = []
-    for place, recompute in enumerate(recomputes):
-        activations = request.with_values(recompute).activations
-        redone = Redone.of(activations) if recompute else None
-        offloaded, chunks = float(activations.cpu_offloading_activations), activations.chunks_on_host
 
-        def option(values: Values, zero: int, outer: int, saves: int) -> MemoryOption:
-            this = dataclasses.replace(layout, zero=zero, dp_outer=outer, dp_inner=layout.dp // outer)
-            host = request.with_values(values).offload
-            return MemoryOption(recompute | values, this, redone, offloaded, chunks, host, (place, saves))  # noqa: B023
+    def add(values: Values, zero: int, outer: int, host: HostOffloadConfig, moved: int = 0) -> None:
+        this = dataclasses.replace(layout, zero=zero, dp_outer=outer, dp_inner=layout.dp // outer)
+        # ZeRO-3 holds gathered layers, which may be more than a rank's own weights.
+        made.append(Sharding(values, this, host, (zero % 3, zero // 3, int(outer == 1), moved)))
 
-        for stage in stages:
-            zero = parallel.zero_stage if stage is None else SHARDING.index(stage)
-            values = {} if stage is None else {"data_parallel_sharding_strategy": stage}
-            for instances, outer in _instances(request, layout, zero):
-                made.append(option(values | instances, zero, outer, 2 * zero + (outer == 1)))
-        if request.host and stages[-1] is not None:
-            for more, extra in enumerate(HOST):
-                if not request.allows(extra):
-                    continue
-                zero = 3 if layout.dp * layout.cp > 1 or len(extra) > 1 else 0
-                sharded = {"data_parallel_sharding_strategy": SHARDING[zero]}
-                made.append(option(sharded | extra, zero, 1, 2 * len(SHARDING) + more))
+    for stage in stages:
+        zero = request.config.parallel.zero_stage if stage is None else stage
+        values = {} if stage is None else {"data_parallel_sharding_strategy": SHARDING[zero]}
+        for instances, outer in _instances(request, layout, zero):
+            add(values | instances, zero, outer, request.config.offload)
+    for more, extra in enumerate(HOST, 1):
+        if request.host and None not in stages and request.allows(extra):
+            zero = 3 if layout.dp * layout.cp > 1 or len(extra) > 1 else 0
+            values = {"data_parallel_sharding_strategy": SHARDING[zero]} | extra
+            add(values, zero, 1, request.with_values(extra).offload, more)
     return made
 
 
-def _long(request: Request, layout: Layout) -> list[Values]:
-    """What keeps least of all: more tiles, or chunks of the sequence; then with layers, alone and in groups, that keep
-    one input, which ask less of the host and run again."""
+def _chunked(request: Request, layout: Layout) -> list[Values]:
+    """Chunks of the sequence; then with layers, alone and in groups, that keep one input, which ask less of the host
+    and run again."""
     positions = request.config.training.seq_length // (layout.cp * layout.tp)
     chunks = next((n for n in range(positions // CHUNK, 1, -1) if positions % n == 0), 1)
     if layout.ring > 1 or chunks == 1:
-        return [LONGEST]
+        return []
     away: Values = {"sequence_chunks": chunks, "cpu_offloading_attention": True, "cpu_offloading_activations": True}
     groups = [away | {"recompute_granularity": "full", "recompute_num_layers": number} for number in (1, 2, 4)]
-    return [LONGEST, away, *groups]
+    return [away, *groups]
 
 
 def _instances(request: Request, layout: Layout, zero: int) -> list[tuple[Values, int]]:

@@ -11,7 +11,7 @@ from megasp.config.stages import Stage
 from megasp.pipeline.schedules import Action, placement, schedule
 from megasp.pipeline.simulate import Timeline, simulate
 from megasp.planner.job import Job
-from megasp.planner.layer_time import Parts, groups, layer_parts
+from megasp.planner.layer_time import Parts, Plain, groups, layer_parts
 from megasp.planner.rates import Group, Rates
 
 OPTIMIZER_BYTES = 34.0
@@ -132,20 +132,38 @@ class Microbatch:
     """Seconds of a microbatch by direction, of one layer and of the head: all that the schedules' closed forms need of
     a layout, microbatch, recompute and sharding, and so worth keeping."""
 
-    layer: dict[str, float]
-    head: dict[str, float]
+    layer: tuple[float, float, float]
+    head: tuple[float, float, float]
 
     @classmethod
-    def of(cls, job: Job, rates: Rates) -> "Microbatch":
+    def of(cls, job: Job, rates: Rates, plain: "PlainMicrobatch | None" = None) -> "Microbatch":
         """Of a job, whatever its schedule."""
-        layer, head = (
-            {k: sum(parts.values()) for k, parts in made(job, rates).items()} for made in (layer_parts, _head)
-        )
-        return cls(layer, head)
+        plain = plain or PlainMicrobatch.of(job, rates)
+        forward, inputs, weights = (sum(parts.values()) for parts in layer_parts(job, rates, plain.layer).values())
+        return cls((forward, inputs, weights), plain.head)
+
+    def rank(self, load: tuple[int, int, int]) -> tuple[float, float, float]:
+        """F, I and W of a pipeline rank, from its layers, embeddings and heads."""
+        layers, _, last = load
+        forward, inputs, weights = (layers * one + last * end for one, end in zip(self.layer, self.head, strict=True))
+        return forward, inputs, weights
+
+
+@dataclass(frozen=True)
+class PlainMicrobatch:
+    """What all microbatches of one size on some tensor and context parallel sizes have in common."""
+
+    layer: Plain
+    head: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, job: Job, rates: Rates) -> "PlainMicrobatch":
+        forward, inputs, weights = (sum(parts.values()) for parts in _head(job, rates).values())
+        return cls(Plain.of(job, rates), (forward, inputs, weights))
 
 
 def least_seconds(job: Job, rates: Rates, microbatch: Microbatch) -> float:
-    """The pipeline's share of `quick_seconds`."""
+    """The pipeline's share of `quick_seconds`, whatever the job's own recompute and sharding: `microbatch` has them."""
     return _quick_pipeline(job, rates, microbatch)[0]
 
 
@@ -157,16 +175,11 @@ def quick_seconds(job: Job, rates: Rates, microbatch: Microbatch) -> float:
     return pipeline + ends + rates.fit.step_seconds
 
 
-def _quick_pipeline(job: Job, rates: Rates, microbatch: Microbatch) -> tuple[float, int, list[float]]:
+def _quick_pipeline(job: Job, rates: Rates, microbatch: Microbatch) -> tuple[float, int, tuple[float, float, float]]:
     """Seconds of all microbatches, the busiest rank, and its F, I and W of one."""
     ranks, chunks = job.plan.ranks, job.plan.chunks
-
-    def seconds(load: tuple[int, int, int]) -> list[float]:
-        layers, _, last = load
-        return [layers * microbatch.layer[kind] + last * microbatch.head[kind] for kind in "FIW"]
-
-    busiest = max(dict.fromkeys(reversed(job.loads)), key=lambda load: sum(seconds(load)))
-    forward, inputs, weights = seconds(busiest)
+    busiest = max(dict.fromkeys(reversed(job.loads)), key=lambda load: sum(microbatch.rank(load)))
+    forward, inputs, weights = microbatch.rank(busiest)
     bubble = {
         "interleaved": (forward + inputs + weights) / chunks,
         "zb-h1": max(0.0, forward + inputs - weights),
@@ -174,7 +187,7 @@ def _quick_pipeline(job: Job, rates: Rates, microbatch: Microbatch) -> tuple[flo
     }.get(job.plan.schedule, forward + inputs + weights)
     work = job.microbatches * (forward + inputs + weights)
     pipeline = work + (ranks - 1) * (bubble + 2 * message_seconds(job, rates)) if ranks > 1 else work
-    return pipeline, job.loads.index(busiest), [forward, inputs, weights]
+    return pipeline, job.loads.index(busiest), (forward, inputs, weights)
 
 
 def timeline(job: Job, rates: Rates, times: list[StageTime], microbatches: int) -> Timeline:

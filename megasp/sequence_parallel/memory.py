@@ -10,7 +10,8 @@ from megasp.sequence_parallel.attention import head_parts
 @dataclass(frozen=True)
 class AttentionSizes:
     """One attention on one rank: `tokens` of all its samples, its heads before Ulysses splits them, bytes an element,
-    the axes that split the sequence; whether the scores exist, and whether some of them are dropped."""
+    the axes that split the sequence; whether the scores exist, whether some of them are dropped, and whether keys and
+    values are repeated for every query head."""
 
     tokens: int
     heads: int
@@ -24,6 +25,7 @@ class AttentionSizes:
     comm: str = "p2p"
     unfused: bool = False
     dropout: bool = False
+    repeats_kv: bool = False
 
     @property
     def qkv(self) -> int:
@@ -83,7 +85,7 @@ class PastBytes:
             kv = kv if share.kv_of_queries(sizes.heads // sizes.kv_heads) is None else queries
         tokens, wide = sizes.tokens * sizes.ulysses, max(4, sizes.item)
         row = tokens * sizes.head_dim * sizes.item
-        scores = _scores(sizes, tokens, queries)
+        scores = _beside(sizes, tokens, queries)
         return cls(chunks, host, queries * row, 2 * kv * row, tokens * queries * wide, wide // sizes.item, scores)
 
     @property
@@ -136,7 +138,7 @@ def _attend(sizes: AttentionSizes, tokens: int, heads: int, kv_heads: int) -> Pa
     q, kv = (tokens * n * sizes.head_dim * sizes.item for n in (heads, 2 * kv_heads))
     lse = tokens * heads * wide
     kept, forward, backward = {"statistics": lse}, q + lse, q + kv + lse
-    more = _scores(sizes, tokens, heads)
+    more = _beside(sizes, tokens, heads)
     forward, backward = forward + more[0], backward + more[1]
     if sizes.ring > 1:
         # Partial sums are wide. Of keys and values there are those that travel, those in use, and a copy of one's own.
@@ -145,16 +147,19 @@ def _attend(sizes: AttentionSizes, tokens: int, heads: int, kv_heads: int) -> Pa
         some = parts if sizes.comm == "all_gather" else 1
         travelling = {"p2p": 3, "lightseq": 3, "all_gather": 1 + 2 * (sizes.ring - 1)}[sizes.comm] * kv // some
         block = (q + wide_q) // (1 if sizes.comm == "lightseq" else 2) // some
-        forward = wide_q + 2 * lse + travelling + max(block, q)
+        forward = wide_q + 2 * lse + travelling + max(block, q) + more[0]
         moved = 2 * (2 * q + lse) if sizes.comm == "lightseq" else 0
         # Sums of one's own keys and of those in use, one that comes, and on a longer ring one that goes.
         sums = 3 + (sizes.ring > 2 and sizes.comm == "p2p")
-        backward = wide_q + sums * wide_kv + travelling + (q + kv) // 2 + moved
+        backward = wide_q + sums * wide_kv + travelling + (q + kv) // 2 + moved + more[1]
     return Part("attention output", q, forward, backward, kept, keeps_output=True)
 
 
-def _scores(sizes: AttentionSizes, tokens: int, heads: int) -> tuple[int, int]:
-    """What a kernel has more, forward and backward, in which the scores exist."""
+def _beside(sizes: AttentionSizes, tokens: int, heads: int) -> tuple[int, int]:
+    """What a kernel has more, forward and backward, in which the scores exist, or keys and values of every head."""
+    if sizes.repeats_kv:
+        both = 2 * tokens * heads * sizes.head_dim * sizes.item
+        return both, 2 * both
     if not sizes.unfused:
         return 0, 0
     # In matrices of scores: forward they and the probabilities, backward probabilities and two of gradients; with

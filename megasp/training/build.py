@@ -14,7 +14,9 @@ from megasp.config.tiles import head_bytes, mlp_tiles
 from megasp.data_parallel import Replicas, WeightShards
 from megasp.data_parallel.replicas import master_dtype
 from megasp.host_copies import copier
-from megasp.model import Factory, GPTModel, linear_kernels
+from megasp.model import Factory, GPTModel, compiled, linear_kernels
+from megasp.model.elementwise import eager
+from megasp.model.kernels import Kernels
 from megasp.model.norm_kernels import NORMS
 from megasp.parallel_state import ParallelState
 from megasp.pipeline.executor import Pipeline
@@ -83,7 +85,7 @@ def build(config: Config, state: ParallelState, dtype: torch.dtype | None = None
             recompute=activations.recompute,
             tiled_mlp=mlp_tiles(config, state.layout),
             head_bytes=head_bytes(config),
-            norms=NORMS[norms],
+            kernels=Kernels(NORMS[norms], compiled.compiled if config.kernels.compile else eager),
             offloaded_layers=activations.offloaded(len(stage.layers)),
             products=partial(linear_kernels.products, config.fp8, layers=config.model.num_layers, backend=backend),
             factory=replace(factory, device="meta") if shares_out else factory,
@@ -141,4 +143,6 @@ def other_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> t
     norm, optimizer = config.kernels.chosen(device.type, compute, masters)
     NORM_KERNELS[norm].require(f"--norm-backend {norm}")
     OPTIMIZER_KERNELS[optimizer].require(f"--optimizer-backend {optimizer}")
+    if config.kernels.compile or norm == "compiled":
+        compiled.check(device.type, "--compile" if config.kernels.compile else "--norm-backend compiled")
     return norm, optimizer

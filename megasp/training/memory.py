@@ -189,6 +189,7 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
         context.ring_mode,
         unfused=kernel == "unfused" or (kernel is None and dropout > 0),
         dropout=dropout > 0,
+        repeats_kv=kernel == "fused",
     )
     activations, in_fp8 = config.activations, config.fp8.layers(model.num_layers)
     gradient = 4 if training.widens_gradients(device) else item
@@ -207,6 +208,7 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
         head_bytes(config),
         linear_kernels.products(config.fp8, in_fp8.start, model.num_layers),
         config.kernels.norm(device, training.compute_dtype)[0] not in (None, "unfused"),
+        config.kernels.compile,
     )
 
 

@@ -108,10 +108,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> Path:
 )
 def test_refused(saved: Path, corpus: str, change: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        _train_here(f"{RUN} --data-path {corpus} --load {saved} {change}")
+        train_here(f"{RUN} --data-path {corpus} --load {saved} {change}")
 
 
-def _train_here(flags: str) -> None:
+def train_here(flags: str) -> None:
     config, _, _, _ = load(flags.split(), parser("pretrain", ""))
     config = resolve(config)
     validate(config, 1)
@@ -122,28 +122,28 @@ def test_an_appended_corpus_is_noticed(saved: Path, tmp_path: Path) -> None:
     longer = write_corpus(tmp_path / "text", 61)
     for split in ("80,20,0", "70,30,0"):
         with pytest.raises(DataError, match="restore it, or begin a new epoch"):
-            _train_here(f"{RUN} --data-path {longer} --split {split} --load {saved}")
+            train_here(f"{RUN} --data-path {longer} --split {split} --load {saved}")
 
 
 def test_finetune_takes_the_weights_alone(saved: Path, corpus: str, tmp_path: Path) -> None:
-    _train_here(f"{RUN} --data-path {corpus} --split 70,30,0 --load {saved} --finetune --save {tmp_path}/f")
+    train_here(f"{RUN} --data-path {corpus} --split 70,30,0 --load {saved} --finetune --save {tmp_path}/f")
     assert losses(tmp_path / "f")[0][0] == 1
-    _train_here(f"{RUN} --data-path {corpus} --split 70,30,0 --save {tmp_path}/anew")
+    train_here(f"{RUN} --data-path {corpus} --split 70,30,0 --save {tmp_path}/anew")
     assert losses(tmp_path / "f")[0] != losses(tmp_path / "anew")[0]
 
 
 def test_other_seed_and_fresh_optimizer_by_flag(saved: Path, corpus: str, tmp_path: Path) -> None:
     flags = f"{RUN} --data-path {corpus} --split 80,20,0 --load {saved} --seed 1 --no-load-rng --no-load-optim"
-    _train_here(f"{flags} --save {tmp_path}")
+    train_here(f"{flags} --save {tmp_path}")
     assert losses(tmp_path)[0][0] == 4
 
 
 def test_a_checkpoint_without_optimizer(corpus: str, tmp_path: Path) -> None:
     flags = f"{RUN} --data-path {corpus} --split 80,20,0"
-    _train_here(f"{flags} --save {tmp_path} --no-save-optim --exit-interval 3")
+    train_here(f"{flags} --save {tmp_path} --no-save-optim --exit-interval 3")
     with pytest.raises(CheckpointError, match="--no-load-optim"):
-        _train_here(f"{flags} --load {tmp_path}")
-    _train_here(f"{flags} --load {tmp_path} --no-load-optim")
+        train_here(f"{flags} --load {tmp_path}")
+    train_here(f"{flags} --load {tmp_path} --no-load-optim")
 
 
 def test_nothing_to_load_starts_anew(corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,13 +187,13 @@ def losses_so_far(save: Path) -> list[str]:
 def test_a_new_run_does_not_replace_another(saved: Path, corpus: str) -> None:
     before = (saved / "metrics.jsonl").read_text()
     with pytest.raises(CheckpointError, match="add --load"):
-        _train_here(f"{RUN} --data-path {corpus} --split 80,20,0 --save {saved}")
+        train_here(f"{RUN} --data-path {corpus} --split 80,20,0 --save {saved}")
     assert (saved / "metrics.jsonl").read_text() == before
 
 
 def test_finetune_needs_a_checkpoint(corpus: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"no checkpoint in {tmp_path}: --finetune takes one"):
-        _train_here(f"{RUN} --data-path {corpus} --load {tmp_path} --finetune")
+        train_here(f"{RUN} --data-path {corpus} --load {tmp_path} --finetune")
 
 
 def test_a_failing_evaluation_does_not_lose_the_run(
@@ -204,7 +204,7 @@ def test_a_failing_evaluation_does_not_lose_the_run(
 
     monkeypatch.setattr("megasp.training.pretrain.evaluate", fail)
     with pytest.raises(RuntimeError, match="evaluation"):
-        _train_here(f"{RUN} --data-path {corpus} --split 80,20,0 --save {tmp_path} --eval-interval 100")
+        train_here(f"{RUN} --data-path {corpus} --split 80,20,0 --save {tmp_path} --eval-interval 100")
     directory = checkpoints.find_latest(tmp_path)
     assert directory is not None and checkpoints.read_manifest(directory).step == 6
 
@@ -214,8 +214,8 @@ def test_train_samples_count_what_was_read(corpus: str, tmp_path: Path) -> None:
     flags = (
         f"{RUN.replace('--train-iters 6', '--train-samples 40')} --data-path {corpus} --split 80,20,0 --save {tmp_path}"
     )
-    _train_here(f"{flags} --exit-interval 5")
-    _train_here(f"{flags.replace('--global-batch-size 4', '--global-batch-size 10')} --load {tmp_path}")
+    train_here(f"{flags} --exit-interval 5")
+    train_here(f"{flags.replace('--global-batch-size 4', '--global-batch-size 10')} --load {tmp_path}")
     manifest = checkpoints.read_manifest(checkpoints.find_latest(tmp_path))
     assert (manifest.step, manifest.metadata["progress"]["samples"]) == (7, 40)
 

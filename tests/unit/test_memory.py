@@ -28,7 +28,10 @@ TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 SP = {TP: 2, "sequence_parallel": True}
 FP8 = {"fp8_format": "hybrid"}
 MXFP8 = FP8 | {"fp8_recipe": "mxfp8", "ffn_hidden_size": 768}
+COMPILE = {"compile": True}
 SELECTIVE = {"recompute_granularity": "selective"}
+CUDNN = {"attention_backend": "fused", "ffn_hidden_size": 64, "kv_channels": 128}
+"""Attention holds most here, so that what its kernel copies shows."""
 
 HOST = {"optimizer_cpu_offload": True}
 CASES: dict[str, tuple[dict[str, Any], int]] = {
@@ -56,6 +59,9 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "tiled": (SP | {"tiled_mlp": 8}, 2),
     "tiled-full": ({"tiled_mlp": 8, "recompute_granularity": "full"}, 1),
     "ulysses": ({"ulysses_size": 4}, 4),
+    "cudnn": (CUDNN, 1),
+    "cudnn-full-ulysses": (CUDNN | {"ulysses_size": 4, "recompute_granularity": "full"}, 4),
+    "cudnn-ring": (CUDNN | {"ring_size": 4}, 4),
     "ring": ({"ring_size": 4}, 4),
     "ring-tiled-full": ({"ring_size": 4, "tiled_mlp": 8, "recompute_granularity": "full"}, 4),
     "tiles-by-budget": (SP | {"activation_tile_mb": 1}, 2),
@@ -89,6 +95,12 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "fp8-tiled": (FP8 | {"tiled_mlp": 8}, 1),
     "fp8-zero3": (FP8 | {"data_parallel_sharding_strategy": "optim_grads_params", "global_batch_size": 4}, 2),
     "fp8-zb-h1": (FP8 | {PP: 2, "global_batch_size": 4, "pipeline_schedule": "zb-h1"}, 2),
+    "compiled": (COMPILE, 1),
+    "compiled-fp32": (COMPILE | {"bf16": False}, 1),
+    "compiled-gpt2": (COMPILE | GPT2 | SP | {"bf16": True}, 2),
+    "compiled-tp": (COMPILE | {TP: 2, "squared_relu": True, "swiglu": False, "qk_layernorm": True}, 2),
+    "compiled-remade": (COMPILE | SP | SELECTIVE | {"recompute_modules": ("layernorm", "mlp_act")}, 2),
+    "compiled-chunks": (COMPILE | {"sequence_chunks": 4}, 1),
     "zbv": ({PP: 2, "global_batch_size": 4, "pipeline_schedule": "zbv"}, 2),
 }
 

@@ -10,7 +10,7 @@ from megasp.config.recompute import Recompute
 from megasp.config.tiles import mlp_tiles
 from megasp.config.validate import validate
 from megasp.errors import ConfigError
-from tests.unit.config.test_validate import BASE, PP, TP
+from tests.unit.config.validate_cases import BASE, PP, TP
 
 DISTRIBUTED = {"distribute_saved_activations": True, "recompute_granularity": "full", TP: 2}
 

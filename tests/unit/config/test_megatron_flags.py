@@ -56,7 +56,8 @@ def test_translate() -> None:
     ours, notes = translate(given.split())
     assert ours == ["--num-layers", "2", "--bf16"]
     assert notes[0] == "--use-flash-attn: flash attention runs wherever it can"
-    assert notes[2].startswith("--no-rope-fusion, --no-masked-softmax-fusion: kernels ")
+    assert notes[2].startswith("--no-rope-fusion: it computes the same function; --compile ")
+    assert notes[3].startswith("--no-masked-softmax-fusion: kernels ")
 
 
 @pytest.mark.parametrize(

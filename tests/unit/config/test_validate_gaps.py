@@ -8,7 +8,8 @@ import pytest
 
 from megasp.config.validate import validate
 from megasp.errors import ConfigError
-from tests.unit.config.test_validate import TP, config
+from tests.unit.config.test_validate import config
+from tests.unit.config.validate_cases import TP
 
 WSD = {"lr_decay_style": "WSD"}
 

@@ -120,6 +120,15 @@ def cast(x: Tensor, dtype: torch.dtype, rows: int, features: int) -> tuple[Tenso
     return fp8.quantised(x, scale, dtype).view(torch.uint8), scale
 
 
+def general_gemm(a, b, *, out_dtype, layout, bias, use_split_accumulator):  # type: ignore[no-untyped-def]
+    """B A^T in the words of row-major matrices."""
+    assert use_split_accumulator is True and layout in ("TN", "NN", "NT")
+    right = a.by_rows() if layout[0] == "T" else a.by_columns().t()
+    left = b.by_columns().t() if layout[1] == "T" else b.by_rows()
+    y = left @ right.t()
+    return (y if bias is None else y + bias).to(out_dtype), None, None, None
+
+
 def fake(hopper: bool) -> dict[str, ModuleType]:
     class Float8Quantizer(Quantizer):
         def __init__(self, scale, amax, fp8_dtype, *, rowwise, columnwise) -> None:  # type: ignore[no-untyped-def]
@@ -162,14 +171,6 @@ def fake(hopper: bool) -> dict[str, ModuleType]:
                 "_columnwise_data": columns[0].t().contiguous() if self.columnwise else None,
                 "_columnwise_scale_inv": scales[1].contiguous(),
             }  # fmt: skip
-
-    def general_gemm(a, b, *, out_dtype, layout, bias, use_split_accumulator):  # type: ignore[no-untyped-def]
-        """B A^T in the words of row-major matrices."""
-        assert use_split_accumulator is True and layout in ("TN", "NN", "NT")
-        right = a.by_rows() if layout[0] == "T" else a.by_columns().t()
-        left = b.by_columns().t() if layout[1] == "T" else b.by_rows()
-        y = left @ right.t()
-        return (y if bias is None else y + bias).to(out_dtype), None, None, None
 
     names = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.cpp_extensions")
     package: dict[str, Any] = {name: ModuleType(name) for name in names}

@@ -147,7 +147,10 @@ def test_pytorchs_layer_norm() -> None:
 
 def test_table_registry_and_flag_agree() -> None:
     assert set(NORM_KERNELS) == set(NORMS)
-    assert set(NORM_PREFERENCE) == {name for name, facts in NORM_KERNELS.items() if not facts.module}
+    everywhere = {name for name, facts in NORM_KERNELS.items() if not facts.module}
+    assert {*NORM_PREFERENCE, "compiled"} == everywhere, "compiled is for who asked for a compiler"
+    assert KernelConfig(compile=True).norm("cuda", "bfloat16") == ("compiled", "")
+    assert KernelConfig(compile=True, norm_backend="fused").norm("cuda", "bfloat16") == ("fused", "")
     assert KernelConfig().norm("cpu", "bfloat16") == ("unfused", "")
     assert KernelConfig().norm("cuda", "bfloat16") == ("fused", "")
     assert KernelConfig().norm("cuda", "float64") == ("unfused", "")

@@ -41,6 +41,12 @@ def test_a_users_file(tmp_path: Path) -> None:
         ("base: h100-80\nspeed: 3", "entry speed"),
         ("name: x", "no entry"),
         ("base: h100-80\nmemory_GB: large", "entries must be"),
+        ("base: h100-80\nmemory_GB: -80", "memory_GB -80: every figure is a positive number"),
+        ("base: h100-80\nhost: {link_GBps: 0, memory_GBps: 1, memory_GB: 1}", "host link_GBps 0"),
+        ("base: h100-80\nhost: {link_GBps: 50, memory_GBps: 1}", "no entry 'memory_GB'"),
+        ("base: h100-80\nnode: {gpus: 8, gather_GBps: 9, collectives: {MB: [1, 2], GBps: [3]}}", "as many rates"),
+        ("base: h100-80\nmatmul_TFLOPS: {fp8: 9}", "matmul_TFLOPS and peak_TFLOPS: bf16"),
+        ("base: h100-80\nattention_TFLOPS: {cudnn: {}}", "attention_TFLOPS cudnn is none of"),
     ],
 )
 def test_refused_files(tmp_path: Path, text: str, said: str) -> None:
