@@ -114,6 +114,7 @@ class WeightShards:
     def begin_microbatch(self, last: bool) -> None:
         """Before each backward: whether it is the last one of its pipeline stage in this step."""
         for root in self._roots:
+            _let_go_of_sent(root)
             if self.deferred:
                 _take_gradients(root)  # what was deferred, before more is added to it in low precision
             root.set_requires_gradient_sync(not self.deferred and (last or self.zero_stage > 1))
@@ -188,6 +189,20 @@ def _take_gradients(root: FSDPModule) -> None:
     A private name of `fully_shard`, the one that PyTorch's own pipeline stages use for the same purpose.
     """
     fully_shard.state(root)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+
+
+def _let_go_of_sent(root: FSDPModule) -> None:
+    """Let go of the last gradients that a backward sent, which `fully_shard` holds until the next one of the same stage
+    is under way: private names, of torch 2.13 and of those before.
+    """
+    sent = fully_shard.state(root)._comm_ctx  # type: ignore[attr-defined]
+    if hasattr(sent, "reduce_scatter_states"):
+        held, sent.reduce_scatter_states = sent.reduce_scatter_states, []
+    else:
+        held, sent.reduce_scatter_state = [sent.reduce_scatter_state], None
+    for each in held:
+        if each is not None and each.event is not None:
+            torch.cuda.current_stream().wait_event(each.event)
 
 
 class _Transport:

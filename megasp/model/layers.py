@@ -298,4 +298,4 @@ def embedding_footprint(elements: int, weight: int, item: int, gradient: int, tp
     forward = whole if tp == 1 else 2 * whole + (out if sequence_parallel else whole)
     backward = weight * gradient + (0 if tp == 1 else 2 * whole if sequence_parallel else whole)
     backward += elements * gradient if gradient > item else 0
-    return Part("residual stream", out, forward, backward, keeps_input=False)
+    return Part("residual stream", out, forward, backward, keeps_input=False, gradients=weight * gradient)

@@ -268,6 +268,7 @@ def stage_layers(
             forward=piece.forward + before,
             backward=piece.backward + before,
             put_off=piece.put_off + before,
+            growing=piece.growing + before,
         )
     for index, piece, _ in away:
         found[index] = replace(found[index], host=piece.host + piece.total)

@@ -97,7 +97,8 @@ def tiled_footprint(tile: Footprint, size: int, tiles: int, weights: int, gradie
     view = size // tiles  # a tile of the input, and of the gradients, is no memory of its own
     gradients = weights * (max(gradient, 4) + gradient)
     working = max(tile.forward - view, tile.backward - 2 * view)
-    return Part("residual branch", size, size + tile.passing - view, size + gradients + working)
+    forward, backward = size + tile.passing - view, size + gradients + working
+    return Part("residual branch", size, forward, backward, gradients=weights * gradient)
 
 
 def chunked_footprint(
@@ -117,4 +118,5 @@ def chunked_footprint(
     popped = 0 if past.host else past.left  # what is kept is there once
     sums = weights * max(gradient, 4)
     working = max(last - popped, before - 2 * popped + sums + past.staying, weights * gradient + sums + past.staying)
-    return Part("residual stream", size, size + sum(kept.values()) + first.passing - view, size + working, kept)
+    forward = size + sum(kept.values()) + first.passing - view
+    return Part("residual stream", size, forward, size + working, kept, gradients=weights * gradient)

@@ -11,7 +11,7 @@ from megasp.config.model import ModelConfig
 from megasp.config.recompute import ActivationConfig
 from megasp.config.schema import Config
 from megasp.config.stages import split
-from megasp.data_parallel.memory import state_bytes
+from megasp.data_parallel.memory import Sharding
 from megasp.model.memory import Sizes, end_parameters, layer_parameters, stage_layers
 from megasp.pipeline.schedules import placement, schedule
 from megasp.training.memory import account

@@ -15,7 +15,7 @@ from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.config.stages import Stage, split
 from megasp.config.tiles import head_bytes, mlp_tiles
-from megasp.data_parallel.memory import StateBytes, state_bytes
+from megasp.data_parallel.memory import Sharding, StateBytes, stage_weights
 from megasp.errors import ConfigError
 from megasp.model import fp8
 from megasp.model import memory as model_memory
@@ -51,14 +51,12 @@ class Account:
     def static(self) -> int:
         """What is held all the time."""
         s = self.states
-        gradients = 0 if s.growing else s.gradients
-        return s.parameters + s.masters + gradients + s.optimizer
+        return s.parameters + s.masters + (s.gradients if s.buffered else 0) + s.optimizer
 
     @property
     def total(self) -> int:
         """At the fullest moment of the step."""
-        passes = self.static + self.states.gathered + self.states.lingering + self.peak.total
-        return max(passes, self.static + (self.states.gradients if self.states.growing else 0))
+        return self.static + max(self.peak.total, self.states.stepped)
 
     @property
     def fullest(self) -> str:
@@ -76,10 +74,10 @@ class Account:
         rows = {
             "parameters": s.parameters,
             "master weights": s.masters,
-            "gradients": p.gradients if s.growing else s.gradients,
+            "gradients": s.gradients if s.buffered else p.gradients,
             "optimizer states": s.optimizer,
-            "gathered weights": s.gathered,
-            "reduction buffers": s.lingering,
+            "gathered weights": p.gathered,
+            "reduction buffers": p.buffers,
             "kept activations": p.activations,
             "working memory": p.working,
             "pipeline messages": p.messages,
@@ -104,35 +102,27 @@ def account(
         device: whose kernels are meant.
         zero, gradient_item: ZeRO stage, and bytes of a gradient's element, where they are not the configuration's.
     """
-    model, training = config.model, config.training
-    sizes, plan = sizes_of(config, layout, device), config.pipeline
+    model, plan, sizes = config.model, config.pipeline, sizes_of(config, layout, device)
     owner = placement(plan.schedule, plan.ranks, plan.chunks)
     mine = [stage for stage in split(config) if owner[stage.number] == pipeline_rank]
     layer = model_memory.layer_parameters(model, layout.tp)
     ends = {stage.number: model_memory.end_parameters(model, layout.tp, stage.first, stage.last) for stage in mine}
     elements = sum(len(stage.layers) * layer + sum(ends[stage.number].values()) for stage in mine)
-    heads = sum(end.get(name, 0) for end in ends.values() for name in ("head", "final norm"))
     if gradient_item:
         made = min(sizes.gradient, gradient_item)
         sizes = replace(sizes, gradient=made, head_gradient=made)
-    gradient_item = gradient_item or (2 if training.grad_reduce_in_bf16 else None)
-    shards = layout.dp_inner * layout.cp
-    zero = config.parallel.zero_stage if zero is None else zero
-    ranks, microbatches = shards * layout.dp_outer, config.num_microbatches(layout)
-    share, host_weights = config.offload.optimizer_share, config.offload.cpu_offloading_weights
-    states = state_bytes(
-        elements, layer, heads, sizes.item, ranks, shards, zero, gradient_item, microbatches, share, host_weights
-    )
-    stages = {stage.number: _stage(config, sizes, stage, states.growing, states.reducing) for stage in mine}
-    steps = schedule(plan.schedule, plan.ranks, microbatches, plan.chunks)
+    sharding = sharding_of(config, layout, sizes, zero, gradient_item)
+    states = sharding.states(elements)
+    stages = {stage.number: _stage(config, sizes, stage, sharding) for stage in mine}
+    steps = schedule(plan.schedule, plan.ranks, config.num_microbatches(layout), plan.chunks)
     fullest = peak(steps, pipeline_rank, stages, sizes.rows * model.hidden_size * sizes.item)
     live = Counter(fullest.live) + Counter([fullest.action.stage] * (fullest.action.kind == "F"))
     activations = sum(count * sum(piece.host for piece in stages[number].pieces) for number, count in live.items())
     activations += max(piece.host_working for stage in stages.values() for piece in stage.pieces)
     host = states.host | ({"activations": activations} if activations else {})
-    if share:
+    if sharding.host_share:
         matrices = [model_memory.largest_matrix(model, layout.tp), *(n for end in ends.values() for n in end.values())]
-        host["in transit"] = in_transit(max(matrices) // (shards if zero else 1), sizes.item)
+        host["in transit"] = in_transit(max(matrices) // (sharding.shards if sharding.zero else 1), sizes.item)
     return Account(
         layout.rank(dict.fromkeys(("dp_outer", "dp_inner", "ring", "ulysses", "tp"), 0) | {"pp": pipeline_rank}),
         pipeline_rank,
@@ -210,27 +200,57 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
     )
 
 
-def _stage(config: Config, sizes: Sizes, stage: Stage, growing: float, reducing: int) -> StageBytes:
-    """One microbatch through a stage; `growing` is the bytes of a gradient that has no buffer, `reducing` of those of a
-    layer that are reduced meanwhile."""
-    model = config.model
-    activations = config.activations
+def sharding_of(
+    config: Config, layout: Layout, sizes: Sizes, zero: int | None = None, gradient_item: int | None = None
+) -> Sharding:
+    """How the ranks of a layout share out weights, gradients and optimizer, as `account` takes it."""
+    shards, offload = layout.dp_inner * layout.cp, config.offload
+    wanted = config.parallel.zero_stage if zero is None else zero
+    return Sharding(
+        sizes.item,
+        sizes.gradient,
+        gradient_item or (2 if config.training.grad_reduce_in_bf16 else max(sizes.item, 4)),
+        ranks=shards * layout.dp_outer,
+        shards=shards,
+        zero=wanted if shards > 1 or offload.cpu_offloading_weights else 0,
+        once=config.num_microbatches(layout) == 1,
+        deferred=config.pipeline.defers_weight_gradients,
+        host_share=offload.optimizer_share,
+        host_weights=offload.cpu_offloading_weights,
+        largest=model_memory.largest_matrix(config.model, layout.tp),
+    )
+
+
+def _stage(config: Config, sizes: Sizes, stage: Stage, sharding: Sharding) -> StageBytes:
+    """One microbatch through a stage."""
+    model, activations = config.model, config.activations
     products = [fp8.products(config.fp8, number, model.num_layers) for number in stage.layers]
-    layers = model_memory.stage_layers(
+    pieces = model_memory.stage_layers(
         model, sizes, activations.recompute, products, activations.offloaded(len(products)), stage.first
     )
-    ends = model_memory.end_parameters(model, sizes.tp, stage.first, stage.last)
-    each = model_memory.layer_parameters(model, sizes.tp)
-    pieces = [*layers]
-    gradients = [each * len(group) for group, _ in activations.recompute.groups(len(products))]
+    ends = Counter(model_memory.end_parameters(model, sizes.tp, stage.first, stage.last))
+    layer, groups = model_memory.layer_parameters(model, sizes.tp), activations.recompute.groups(len(products))
+    units: list[list[int]] = [[layer] * len(group) for group, _ in groups]
+    beside = [0] * len(units)
+    tied = stage.first and stage.last and not model.untie_embeddings_and_output_weights
     if stage.first:
         pieces.insert(0, model_memory.first_footprint(model, sizes))
-        gradients.insert(0, ends["embedding"] + ends.get("positions", 0))
+        units.insert(0, [] if tied else [ends["embedding"]])
+        beside.insert(0, ends["positions"])
     if stage.last:
         pieces.append(model_memory.last_footprint(model, sizes))
-        gradients.append(ends["final norm"] + ends.get("head", 0))
-    tables = model_memory.tables(model, sizes)
-    return StageBytes(pieces, [round(growing * count) for count in gradients], tables, reducing, int(stage.last))
+        units.append([ends["final norm"]])
+        beside.append(ends["embedding"] if tied else ends["head"])
+    ahead = sharding.zero == 3 and not sum(beside)  # the backward of what is no unit gathers nothing
+    return StageBytes(
+        pieces,
+        stage_weights(sharding, units, beside, stage.first),
+        model_memory.tables(model, sizes),
+        sharding.reduces,
+        sharding.made != sharding.summed,
+        0 < sharding.zero < 3,
+        sharding.buffer(layer) if ahead else 0,
+    )
 
 
 def table(accounts: Sequence[Account], measured: Mapping[str, Sequence[int]] | None = None) -> list[str]:
