@@ -25,8 +25,9 @@ class Part:
         keeps_input, keeps_output: whether it needs them in the backward.
         remade: its output is not kept but made again when the next part's backward needs it.
         deferred: what waits for a weight gradient that is put off, where it is this part's.
-        gradients: of its weights, as they are made; `growing`: as `backward`, where those of what it is made of stay;
-            as `backward` without it.
+        gradients: of its weights, as they are made.
+        growing, put_off: as `backward`, where those of what it is made of stay, and where its own is put off; as
+            `backward` without them.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Part:
     deferred: int = 0
     gradients: int = 0
     growing: int = 0
+    put_off: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Footprint:
         deferred: what waits for weight gradients that are put off.
         put_off: as `backward`, where they are.
         host: what is kept on the host; `host_working`: the most that is there at a time beside.
-        gradients: of its weights, as they are made; `growing`: as `backward`, where they stay when they are made.
+        gradients: of its weights, as they are made; `growing`: as `backward`, where they stay when they are made;
+            `largest`: of those that may be put off.
     """
 
     output: int
@@ -69,6 +72,7 @@ class Footprint:
     host_working: int = 0
     gradients: int = 0
     growing: int = 0
+    largest: int = 0
 
     @cached_property
     def total(self) -> int:
@@ -82,12 +86,15 @@ class Reduction:
 
     Attributes:
         whole: on every rank, before; `buffer`: of what is sent, which is there beside them.
-        shard: what stays.
+        shard: what stays; `arriving`: what more there is of it while the last of them are still whole.
+        weights: that were whole for the step, and are let go of before.
     """
 
     whole: int
     buffer: int
     shard: int
+    arriving: int
+    weights: int
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,8 @@ class Weights:
         arriving: weights that are whole, and buffers of their gathering, at most before its forward; `forward`: while
             it runs.
         returning, backward: the same of its backward; `ahead`: when this has ended, for what runs next.
-        gradients: that its backward makes.
+        whole: weights that stay whole for the step, from its first forward on.
+        gradients: that its backward makes; `units`: layers that do so one after another.
         reductions: which it ends with, one after another, where gradients are reduced in it.
     """
 
@@ -107,7 +115,9 @@ class Weights:
     returning: int = 0
     backward: int = 0
     ahead: int = 0
+    whole: int = 0
     gradients: int = 0
+    units: int = 1
     reductions: tuple[Reduction, ...] = ()
 
 
@@ -143,11 +153,22 @@ def chain(parts: Sequence[Part], size: int, name: str = "input", residual: bool 
     forward = _forward(parts, sizes, owner, set(first_keeper), residual, keep=True)
     passing = _forward(parts, sizes, owner, set(), residual, keep=False)
     total = sum(kept.values())
-    ways = {"backward": {}, "put_off": {"put_off": True}, "growing": {"growing": True}}
-    most = {name: _backward(parts, sizes, owner, first_keeper, total, residual, **way) for name, way in ways.items()}
-    deferred, gradients = sum(part.deferred for part in parts), sum(part.gradients for part in parts)
-    kept = Counter({name: size for name, size in kept.items() if size})
-    return Footprint(sizes[-1], dict(kept), forward, passing, deferred=deferred, gradients=gradients, **most)
+    ways = (False, False), (True, False), (False, True)
+    backward, put_off, growing = (
+        _backward(parts, sizes, owner, first_keeper, total, residual, *way) for way in ways
+    )
+    return Footprint(
+        sizes[-1],
+        {kind: size for kind, size in kept.items() if size},
+        forward,
+        passing,
+        backward,
+        sum(part.deferred for part in parts),
+        put_off,
+        gradients=sum(part.gradients for part in parts),
+        growing=growing,
+        largest=max((part.gradients for part in parts if part.deferred), default=0),
+    )
 
 
 def _forward(
@@ -171,8 +192,8 @@ def _backward(
     keeper: dict[int, int],
     kept: int,
     residual: bool,
-    put_off: bool = False,
-    growing: bool = False,
+    put_off: bool,
+    growing: bool,
 ) -> int:
     """The most at a time in the backward; with weight gradients `put_off`, what waits for them stays; where these are
     `growing`, they stay themselves."""
@@ -182,7 +203,7 @@ def _backward(
         before = parts[index - 1] if index else None
         remade = before.forward if before is not None and before.remade else 0
         again = sizes[index] if remade else 0
-        needed = part.growing if growing and part.growing else part.backward
+        needed = part.growing * growing or part.put_off * put_off or part.backward
         peak = max(peak, live + remade, live + again + needed)
         if part.backward:
             through = residual and index == last  # the residual stream holds it, too
@@ -193,8 +214,9 @@ def _backward(
     return max(peak, live + sizes[0]) if residual else peak
 
 
-def joined(footprints: Sequence[Footprint]) -> Footprint:
-    """Footprints one after another, each with the output of the one before as its input."""
+def joined(footprints: Sequence[Footprint], reduced: bool = False) -> Footprint:
+    """Footprints one after another, each with the output of the one before as its input; gradients of weights are
+    `reduced` and let go of behind each backward, or are not."""
     kept: Counter[str] = Counter()
     forward = passing = backward = deferred = put_off = host = growing = 0
     after = sum(each.deferred for each in footprints)  # the backward begins with the last one
@@ -206,13 +228,13 @@ def joined(footprints: Sequence[Footprint]) -> Footprint:
         passing = max(passing, each.passing)
         backward = max(backward, sum(kept.values()) + each.backward)
         put_off = max(put_off, sum(kept.values()) + each.put_off + after)
-        growing = max(growing, sum(kept.values()) + each.growing + grown)
+        growing = max(growing, sum(kept.values()) + each.growing + (0 if reduced else grown))
         kept.update(each.kept)
         deferred += each.deferred
         host += each.host
     working = max(each.host_working for each in footprints)
     output = footprints[-1].output
-    beside = deferred, put_off, host, working, gradients, growing
+    beside = deferred, put_off, host, working, gradients, growing, max(each.largest for each in footprints)
     return Footprint(output, dict(kept), forward, passing, backward, *beside)
 
 

@@ -13,7 +13,7 @@ class StateBytes:
     Attributes:
         parameters: in the compute dtype; `masters`: their fp32 copies, where they are other tensors.
         gradients: most that they are summed in; `buffered`: whether that is a buffer, which is there all the time.
-        stepped: their sums for the optimizer's step, beside a buffer.
+        stepped: of the sums in the optimizer's step, beside a buffer, where that is fuller than the passes before.
         optimizer: Adam's two moments.
         host: component -> bytes in the host's memory.
     """
@@ -90,13 +90,13 @@ class Sharding:
             "optimizer states": round(away * moments),
         }
         summed = shard * wide if self.reduces == "always" else elements * self.summed
-        stepped = 0 if self.buffered and self.summed == wide else shard * wide
+        stepped = 0 if self.zero or self.buffered and self.summed == wide else elements * wide
         return StateBytes(
             parameters=0 if self.zero == 3 else elements * self.item,
             masters=stay if copies else 0,
             gradients=0 if self.host_weights else summed,
             buffered=self.buffered,
-            stepped=0 if self.host_weights else stepped,
+            stepped=stepped,
             optimizer=moments - round(away * moments),
             host={name: size for name, size in host.items() if size},
         )
@@ -114,11 +114,19 @@ class Sharding:
         narrow = -(-elements // self.shards) * self.item if self.item < self.wide else 0
         return narrow + self.host_weights * -(-min(elements, self.largest) // self.shards) * self.wide
 
-    def reduction(self, elements: int) -> Reduction:
-        """Of parameters that are reduced together."""
+    def reduction(self, elements: int, alone: bool) -> Reduction:
+        """Of parameters that are reduced together, or of one `alone`, which `fully_shard` holds while its shard
+        arrives."""
         whole = self.made if self.reduces == "always" else self.summed
-        shard = 0 if self.host_weights else -(-elements // self.shards) * self.wide
-        return Reduction(elements * whole, elements * self.summed, shard)
+        shard = -(-elements // self.shards)
+        arriving = shard * (self.summed + (self.wide if self.summed < self.wide else 0)) if alone else 0
+        return Reduction(
+            elements * whole,
+            elements * self.summed,
+            0 if self.host_weights else shard * self.wide,
+            arriving,
+            elements * self.item if self.zero < 3 else 0,
+        )
 
     def gradients(self, elements: int) -> int:
         """Bytes of gradients that have no buffer, when they have been made."""
@@ -142,24 +150,25 @@ def stage_weights(
     """
     rest, before, found = sum(beside), sum(beside), []
     for index, (piece, own) in enumerate(zip(units, beside, strict=True)):
-        gradients, reductions = sharding.gradients(sum(piece) + own), [sharding.reduction(n) for n in piece]
-        if index == 0:  # after a layer, but before the embedding
-            reductions.insert(0 if first else len(piece), sharding.reduction(rest))
+        gradients, embedding = sharding.gradients(sum(piece) + own), first and index == 0
         if not sharding.zero:
             found.append(Weights(gradients=gradients))
             continue
+        reductions = [sharding.reduction(elements, alone=embedding) for elements in piece]
+        if index == 0 and rest:  # after a layer, but before the embedding
+            reductions.insert(0 if first else len(piece), sharding.reduction(rest, alone=True))
         unit = max(piece, default=0)
         sent = sharding.buffer(unit or rest)
         arriving = sharding.whole(rest) + sharding.buffer(before) + sent + sharding.cast(unit)
         forward = sharding.whole(rest + unit) + sent
         returning = backward = ahead = 0
-        if sharding.zero == 3 and not (first and index == 0):
+        if sharding.zero == 3 and not embedding:
             following = max(units[index - 1]) if index > first else 0
             ahead = sharding.buffer(following)
-            backward = sharding.whole(sum(piece)) + (ahead if len(piece) == 1 else sent)
+            backward = sharding.whole(sum(piece)) + (ahead if len(piece) == 1 else 0)
             returning = sharding.whole(unit) + max(sent, ahead + sharding.cast(following))
-            ahead += sent if len(piece) > 1 else 0
-        kept = tuple(each for each in reductions if each.whole)
-        found.append(Weights(arriving, forward, returning, backward, ahead, gradients, kept))
+        whole = sum(piece) * sharding.item if sharding.zero < 3 else 0
+        runs = gradients, max(1, len(piece)), tuple(reductions)
+        found.append(Weights(arriving, forward, returning, backward, ahead, whole, *runs))
         before = unit
     return found

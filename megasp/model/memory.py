@@ -185,14 +185,12 @@ def _mlp(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[Part]:
     return [norm, as_part(chain([*mlp, *end], stream, "norm output"), stream, "residual branch"), *dropped]
 
 
-def _layer(
-    model: ModelConfig, sizes: Sizes, recompute: Recompute, chunk: Part | None = None, held: int = 0
-) -> Footprint:
-    """A layer; of a `chunk` of the sequence, `held` bytes of gradients of weights wait when attention's turn comes."""
+def _layer(model: ModelConfig, sizes: Sizes, recompute: Recompute, chunk: Part | None = None) -> Footprint:
+    """A layer, or a `chunk` of the sequence through it."""
     stream = sizes.rows * model.hidden_size * sizes.item
     parts = _attention(model, sizes, recompute, chunk), _mlp(model, sizes, recompute)
     attention, mlp = (chain(half, stream, STREAM, residual=True) for half in parts)
-    return joined([replace(attention, backward=attention.backward + held), mlp])
+    return joined([attention, mlp])
 
 
 def _in_chunks(model: ModelConfig, sizes: Sizes) -> Footprint:
@@ -203,9 +201,7 @@ def _in_chunks(model: ModelConfig, sizes: Sizes) -> Footprint:
     past = PastBytes.of(attention, chunks, sizes.chunks_on_host)
     attend = past.first(), past.again(chunks - 1, sums=False), past.again(chunks - 2, sums=True)
     weights = layer_parameters(model, sizes.tp)
-    qkv = model.hidden_size * (attention.heads + 2 * attention.kv_heads) * attention.head_dim
-    held = (weights - qkv) * sizes.gradient
-    first, last, before = (_layer(model, one, Recompute(), part, held) for part in attend)
+    first, last, before = (_layer(model, one, Recompute(), part) for part in attend)
     part = chunked_footprint(first, (last, before), stream, past, weights, sizes.gradient)
     found = chain([part], stream, STREAM)
     if not past.host:
@@ -235,9 +231,11 @@ def stage_layers(
     products: Sequence[Products],
     offloaded: int = 0,
     first: bool = True,
+    reduced: bool = False,
 ) -> list[Footprint]:
     """The layers of a stage, which multiply by `products`, those that are recomputed together as one; the first
-    `offloaded` keep theirs on the host. A stage that is not the `first` keeps its own input whole.
+    `offloaded` keep theirs on the host. A stage that is not the `first` keeps its own input whole. Gradients of weights
+    are `reduced` layer by layer, or are not.
 
     Of these the last one's is on the device, too; two layers' are while a forward runs, and while a backward does.
     """
@@ -256,7 +254,7 @@ def stage_layers(
             found.append(layer(group.start, replace(recompute, distributed=False) if given else recompute))
         else:
             shares = sizes.tp if recompute.distributed and not given else 1
-            inner = joined([layer(number, Recompute()) for number in group])
+            inner = joined([layer(number, Recompute()) for number in group], reduced)
             found.append(recomputed(inner, stream, name=STREAM, shares=shares))
         if group.start < offloaded:
             before = found[-2].total if len(found) > 1 else 0

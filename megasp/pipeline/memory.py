@@ -56,50 +56,59 @@ class StageBytes:
         return self.shared + sum(piece.total for piece in self.pieces)
 
     @cached_property
+    def whole(self) -> int:
+        """Bytes of weights that stay whole for a step."""
+        return sum(each.weights for weights in self.weights for each in weights.reductions)
+
+    @cached_property
     def deferred(self) -> int:
         return sum(piece.deferred for piece in self.pieces)
 
     def forward(self, gathers: bool) -> Moment:
         """The fullest moment of a forward that `gathers` weights or finds them whole."""
-        kept, given, most = self.shared, 0, Moment(0)
+        kept, given, most = self.shared, 0, Moment(-self.whole)
+        missing = sum(weights.whole for weights in self.weights) if gathers else 0
         for piece, weights in zip(self.pieces, self.weights, strict=True):
-            held = weights if gathers else Weights()
-            runs = Moment(kept + piece.forward + held.forward, held.forward)
-            most = max(most, runs, Moment(kept + given + held.arriving, held.arriving))
+            before, missing = weights.arriving * gathers - missing, missing - weights.whole * gathers
+            gathered = weights.forward * gathers - missing
+            runs = Moment(kept + piece.forward + gathered, gathered)
+            most = max(most, runs, Moment(kept + given + before, before))
             kept, given = kept + piece.total, piece.output
         return most
 
-    def backward(self, kind: str, fresh: bool, reducing: bool, sharded: bool) -> tuple[Moment, int, int]:
+    def backward(self, kind: str, fresh: bool, reducing: bool, sharded: bool, last: bool) -> tuple[Moment, int, int]:
         """Of a backward, from the last piece to the first; what is kept goes, gradients and what waits for W come.
 
         Args:
             fresh: no gradients of earlier ones are there; `sharded`: shards of their sums are.
-            reducing: it reduces gradients.
+            reducing: it reduces gradients; `last`: of the stage, so that it lets go of weights that are whole.
         Returns:
             The fullest moment; by how much gradients have grown; a buffer of their reduction that is left.
         """
-        kept = grown = buffer = 0
-        most, off = Moment(-self.kept), kind == "I"
+        kept = grown = buffer = gone = 0
+        most, off = Moment(-self.kept - self.whole), kind == "I"
         for piece, weights in zip(reversed(self.pieces), reversed(self.weights), strict=True):
             made = weights.gradients if fresh and not (off and piece.deferred) else 0
-            largest = max((each.whole for each in weights.reductions), default=0) if reducing else made
-            grows = min(piece.growing, piece.backward + largest) if made or self.apart else piece.backward
-            begun, runs = kept + grown + buffer, (piece.put_off if off else grows) - piece.total
-            returning = Moment(begun + piece.output + weights.returning, weights.returning, grown, buffer)
-            most = max(most, returning, Moment(begun + runs + weights.backward, weights.backward, grown, buffer))
+            needed = piece.put_off if off else piece.growing if made or self.apart else piece.backward
+            begun = kept + grown + buffer
+            for size, gathered in ((piece.output, weights.returning), (needed - piece.total, weights.backward)):
+                most = max(most, Moment(begun + size + gathered - gone, gathered - gone, grown, buffer))
             kept += piece.deferred * off - piece.total
-            grown += made
-            for each in weights.reductions if reducing else ():
-                buffer, beside = each.buffer, kept + piece.output + weights.ahead
-                most = max(most, Moment(beside + grown + buffer, weights.ahead, grown, buffer))
-                grown += (0 if sharded else each.shard) - each.whole
+            grown += made // weights.units if reducing else made
+            for number, each in enumerate(weights.reductions if reducing else (), 1):
+                gone += each.weights * last
+                buffer, gathered = each.buffer, weights.ahead - gone
+                held, sums = kept + piece.output + gathered, buffer + each.arriving
+                most = max(most, Moment(held + grown + sums, gathered, grown, sums))
+                grown += (0 if sharded else each.shard) - each.whole + made // weights.units * (number < weights.units)
         return most, grown, buffer
 
     def put_off(self, fresh: bool) -> tuple[Moment, int]:
         """The fullest moment of W, and the gradients that it adds."""
-        made = [weights.gradients for piece, weights in zip(self.pieces, self.weights, strict=True) if piece.deferred]
-        grown = sum(made) if fresh else 0
-        return Moment(grown + max(piece.deferred for piece in self.pieces), gradients=grown), grown
+        made = sum(weights.gradients for piece, weights in zip(self.pieces, self.weights, strict=True) if piece.deferred)
+        largest, grown = max(piece.largest for piece in self.pieces), made if fresh else 0
+        copied = 1 if made else 2  # autograd takes a copy where there is no sum to add to
+        return Moment(grown + copied * largest, gradients=grown), grown
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,8 @@ class Peak:
         action: what runs then; `live`: stage -> microbatches that it holds (those of W counted, too).
         activations: kept by all of them; `working`: what the action itself needs beside; `messages`: to and from other
             ranks.
-        gathered: weights that are whole for a time, with the buffers that they are gathered in.
+        gathered: weights that are whole for a time, with the buffers that they are gathered in; less than 0 where those
+            of a step are not there yet, or any more.
         gradients: that are there, where they have no buffer; `buffers`: of their reduction.
     """
 
@@ -152,6 +162,7 @@ class _Walk:
         self.row = schedule.rows[rank]
         self.last_of = {(action.kind, action.stage): index for index, action in enumerate(self.row)}
         self.kept = self.gradients = self.buffer = 0
+        self.whole = -sum(stage.whole for stage in stages.values())  # weights, beside all that there may be
         self.live: Counter[int] = Counter()
         self.made: set[tuple[int, str]] = set()  # stages with gradients of B (or I), and of W
         self.forwards: Counter[int] = Counter()
@@ -173,7 +184,9 @@ class _Walk:
             self._expect(following)
         self.stale.pop(number, None)
         if action.kind == "F":
-            self._note(action, self.forward(number, not (stage.gathers_once and self.forwards[number])))
+            first = not self.forwards[number]
+            self.whole += stage.whole * first
+            self._note(action, self.forward(number, first or not stage.gathers_once))
             self.waiting[number].append(self.forwards[number])
             self.forwards[number] += 1
         elif action.kind == "W":
@@ -188,12 +201,12 @@ class _Walk:
         number, always = action.stage, stage.reduces == "always"
         seen = (number, "B") in self.made
         self.buffer = 0
-        how = action.kind, always or not seen, always or (last and stage.reduces == "last"), seen
+        ends = last and stage.reduces != "finally"
+        how = action.kind, always or not seen, always or (last and stage.reduces == "last"), seen, ends
         moment, grown, left = self.backward(number, *how)
         self._note(action, moment)
         self._grow((number, "B"), grown)
-        ends = last and stage.reduces != "finally"
-        self.buffer = 0 if ends else left
+        self.buffer, self.whole = (0, self.whole - stage.whole) if ends else (left, self.whole)
         if self.waiting[number].pop() and not ends:
             self.stale[number] = stage.stale
 
@@ -201,13 +214,15 @@ class _Walk:
         """Reduce what was put off to the end."""
         late = [stage for stage in self.stages.values() if stage.reduces == "finally"]
         for each in (each for stage in late for weights in stage.weights for each in weights.reductions):
-            self._note(self.row[-1], Moment(each.buffer, buffers=each.buffer))
+            self.whole -= each.weights
+            self._note(self.row[-1], Moment(each.buffer + each.arriving, buffers=each.buffer + each.arriving))
             self.gradients += each.shard - each.whole
 
     def _note(self, action: Action, moment: Moment) -> None:
         """Keep a moment where it is the fullest so far."""
         messages = self.message * (len(self.arriving) + sum(map(len, self.sending.values())))
-        gathered, buffers = moment.gathered + sum(self.stale.values()), moment.buffers + self.buffer
+        gathered = moment.gathered + self.whole + sum(self.stale.values())
+        buffers = moment.buffers + self.buffer
         activations = self.kept + moment.total - moment.gathered - moment.gradients - moment.buffers
         kept = min(self.kept, activations)  # at a backward's end little of it is left
         gradients = self.gradients + moment.gradients

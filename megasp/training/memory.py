@@ -72,11 +72,11 @@ class Account:
         """Component -> bytes, which add up to `total`."""
         s, p = self.states, self.peak
         rows = {
-            "parameters": s.parameters,
+            "parameters": s.parameters + min(0, p.gathered),
             "master weights": s.masters,
             "gradients": s.gradients if s.buffered else p.gradients,
             "optimizer states": s.optimizer,
-            "gathered weights": p.gathered,
+            "gathered weights": max(0, p.gathered),
             "reduction buffers": p.buffers,
             "kept activations": p.activations,
             "working memory": p.working,
@@ -226,7 +226,13 @@ def _stage(config: Config, sizes: Sizes, stage: Stage, sharding: Sharding) -> St
     model, activations = config.model, config.activations
     products = [fp8.products(config.fp8, number, model.num_layers) for number in stage.layers]
     pieces = model_memory.stage_layers(
-        model, sizes, activations.recompute, products, activations.offloaded(len(products)), stage.first
+        model,
+        sizes,
+        activations.recompute,
+        products,
+        activations.offloaded(len(products)),
+        stage.first,
+        sharding.reduces == "always",
     )
     ends = Counter(model_memory.end_parameters(model, sizes.tp, stage.first, stage.last))
     layer, groups = model_memory.layer_parameters(model, sizes.tp), activations.recompute.groups(len(products))
@@ -241,7 +247,8 @@ def _stage(config: Config, sizes: Sizes, stage: Stage, sharding: Sharding) -> St
         pieces.append(model_memory.last_footprint(model, sizes))
         units.append([ends["final norm"]])
         beside.append(ends["embedding"] if tied else ends["head"])
-    ahead = sharding.zero == 3 and not sum(beside)  # the backward of what is no unit gathers nothing
+    # Behind the first unit's backward that of another microbatch begins; what is no unit is not gathered for it.
+    ahead = sharding.zero == 3 and not sum(beside) and sum(map(len, units)) > 1
     return StageBytes(
         pieces,
         stage_weights(sharding, units, beside, stage.first),
