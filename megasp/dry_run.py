@@ -9,9 +9,9 @@ import dataclasses
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -30,7 +30,9 @@ from megasp.config.kernels import KernelConfig, choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.data import Batch
-from megasp.data_parallel import global_norm, sum_partial_, sum_tied_
+from megasp.data_parallel import Replicas, global_norm, sum_partial_, sum_tied_
+from megasp.data_parallel.weight_shards import AllGather, ReduceScatter, Transport
+from megasp.footprint import pinned
 from megasp.host_copies import PlainCopier
 from megasp.model import fp8, init, loss, matmul, norm_kernels
 from megasp.parameters import Piece
@@ -46,6 +48,9 @@ class Tracker(TorchDispatchMode):
         live, peak: bytes of the device now, and at most since `peak` was set.
         host, host_peak: the same of what would be in the host's memory.
         flops: kind -> floating-point operations since it was cleared.
+        parts: who holds what at the last peak that was at least `expected`, of tensors `held` by somebody that knows,
+            or named when they were allocated; the rest by the pipeline's `action` that allocated it: this one or one
+            before.
     """
 
     def __init__(self) -> None:
@@ -55,6 +60,10 @@ class Tracker(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
         self._of_host: set[int] = set()
         self._hosting = False
+        self._names: dict[int, str | int] = {}
+        self.action, self.expected, self.whole = 0, float("inf"), ""
+        self.held: Callable[[], Iterator[tuple[str, Tensor]]] = lambda: iter(())
+        self.parts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, torch.distributed.tensor.DTensor) for kind in types):
@@ -70,16 +79,34 @@ class Tracker(TorchDispatchMode):
             self.flops["attention"] += _attention_flops(name, args)
         return out
 
-    def note(self, storage: torch.UntypedStorage) -> None:
+    def note(self, storage: torch.UntypedStorage, name: str = "") -> None:
         """Count a storage that is new, or has another size than when it was seen last."""
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage._cdata, pinned(storage.nbytes()) if self._hosting else storage.nbytes()
         if key not in self._sizes:
             weakref.finalize(storage, self._forget, key)
+            self._names[key] = self.action
             if self._hosting:
                 self._of_host.add(key)
+        self._names[key] = name or self._names[key]
+        if size == self._sizes.get(key) or (key in self._sizes and key in self._of_host):
+            return
         self._add(key, size - self._sizes.get(key, 0))
         self._sizes[key] = size
-        self.peak = max(self.peak, self.live)
+        if self.live > self.peak:
+            self.peak = self.live
+            if self.peak >= self.expected:
+                self.parts = self._by_holder()
+
+    def _by_holder(self) -> Counter[str]:
+        """Bytes of the device by component."""
+        names = self._names | {x.untyped_storage()._cdata: name for name, x in self.held()}
+        parts: Counter[str] = Counter()
+        for key, size in self._sizes.items():
+            name = names[key]
+            if isinstance(name, int):
+                name = "working memory" if name == self.action else "kept activations"
+            parts[name] += 0 if key in self._of_host else size
+        return parts
 
     @contextmanager
     def on_host(self) -> Iterator[None]:
@@ -108,8 +135,12 @@ class Tracker(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self._add(key, -self._sizes.pop(key))
+        del self._names[key]
         self._of_host.discard(key)
 
+
+NEARLY = 0.99
+"""Of the step before's peak: from there on it is looked at who holds what."""
 
 PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_linear_pointwise": 0}
 """Operators of matrix products, and the place of their first factor."""
@@ -136,6 +167,7 @@ class Count:
         volume: what the step sent, and computed.
         formula: the same in closed form.
         host: bytes that the host holds between steps; `host_passes`: the peak of a step's passes there.
+        parts: component -> bytes at the peak, with two steps or more; messages between stages are among activations.
     """
 
     built: int
@@ -145,6 +177,7 @@ class Count:
     formula: Volume
     host: int = 0
     host_passes: int = 0
+    parts: dict[str, int] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
@@ -169,7 +202,10 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
                     tracker.move_to_host(tensor)
             built = tracker.live
             batches = [_batch(training) for _ in range(config.num_microbatches(layout))]
+            _watch(tracker, training)
+            passes = optimizer = 0
             for _ in range(steps):
+                tracker.expected = max(passes, optimizer) * NEARLY or tracker.expected
                 tracker.peak, tracker.host_peak = 0, tracker.host
                 tracker.flops.clear()
                 communication.reset(training)
@@ -181,10 +217,30 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
                 global_norm(training.replicas.masters, state.model)
                 training.optimizer.step()
                 training.replicas.publish()
+                optimizer = tracker.peak
             volume, formula = Volume(_sent(training), tracker.flops), closed_forms(training, batches)
-            return Count(built, passes, tracker.peak, volume, formula, tracker.host, host_passes)
+            parts = {name: size for name, size in tracker.parts.items() if size}
+            return Count(built, passes, optimizer, volume, formula, tracker.host, host_passes, parts)
     finally:
         dist.destroy_process_group()
+
+
+def _watch(tracker: Tracker, training: Training) -> None:
+    """Tell the tracker who holds what, and when an action begins."""
+    zero, replicas, optimizer = training.state.layout.zero, training.replicas, training.optimizer
+
+    def held() -> Iterator[tuple[str, Tensor]]:
+        yield from (("gradients", x) for x in replicas.gradients())
+        yield from (("optimizer states", x) for kept in optimizer.state.values() for x in kept.values())
+        yield from (("master weights", x) for x in optimizer.masters)
+        own = replicas.parameters if isinstance(replicas, Replicas) else ()
+        yield from (("parameters", x) for x in own)
+
+    def begin(event: str, action: object) -> None:
+        tracker.action += event == "start"
+
+    tracker.held, tracker.whole = held, "gathered weights" if zero == 3 else "parameters"
+    training.pipeline.watch = begin
 
 
 def _sent(training: Training) -> Counter[tuple[str, str]]:
@@ -251,8 +307,16 @@ def fake_tensors(fused_norms: bool = True) -> Iterator[Tracker]:
 
     def resize_(storage: torch.UntypedStorage, size: int) -> Any:  # which no dispatcher sees
         result = resize(storage, size)
-        tracker.note(storage)
+        tracker.note(storage, tracker.whole)
         return result
+
+    def allocate(name: str, transport: type[Transport]) -> Any:
+        def allocated(own: Transport, size: Any, **kwargs: Any) -> Tensor:
+            x = torch.empty(*size, **kwargs)
+            tracker.note(x.untyped_storage(), name)
+            return x
+
+        return mock.patch.object(transport, "allocate", allocated)
 
     from_group = DeviceMesh.from_group
 
@@ -284,6 +348,8 @@ def fake_tensors(fused_norms: bool = True) -> Iterator[Tracker]:
         mock.patch.object(torch, "_scaled_mm", no_product),  # which has no form for fake tensors of a CPU
         mock.patch.object(matmul, "wide_product", wide_product),
         mock.patch.object(torch.UntypedStorage, "resize_", resize_),
+        allocate("gathered weights", AllGather),
+        allocate("reduction buffers", ReduceScatter),
         FakeTensorMode(allow_non_fake_inputs=True),
         tracker,
     ):

@@ -121,6 +121,11 @@ class Weights:
     reductions: tuple[Reduction, ...] = ()
 
 
+def pinned(size: int) -> int:
+    """What PyTorch's allocator of pinned memory takes of the host for so many bytes: a power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
 def chain(parts: Sequence[Part], size: int, name: str = "input", residual: bool = False) -> Footprint:
     """What parts hold that run one after another on an input of `size` bytes.
 
@@ -154,9 +159,7 @@ def chain(parts: Sequence[Part], size: int, name: str = "input", residual: bool 
     passing = _forward(parts, sizes, owner, set(), residual, keep=False)
     total = sum(kept.values())
     ways = (False, False), (True, False), (False, True)
-    backward, put_off, growing = (
-        _backward(parts, sizes, owner, first_keeper, total, residual, *way) for way in ways
-    )
+    backward, put_off, growing = (_backward(parts, sizes, owner, first_keeper, total, residual, *way) for way in ways)
     return Footprint(
         sizes[-1],
         {kind: size for kind, size in kept.items() if size},

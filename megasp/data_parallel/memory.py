@@ -90,7 +90,7 @@ class Sharding:
             "optimizer states": round(away * moments),
         }
         summed = shard * wide if self.reduces == "always" else elements * self.summed
-        stepped = 0 if self.zero or self.buffered and self.summed == wide else elements * wide
+        stepped = 0 if self.zero or (self.buffered and self.summed == wide) else elements * wide
         return StateBytes(
             parameters=0 if self.zero == 3 else elements * self.item,
             masters=stay if copies else 0,

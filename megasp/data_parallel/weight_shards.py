@@ -15,7 +15,7 @@ the shards may be in the host's memory. A block's are then copied to the device 
 ahead, and the sums of its gradients go to the host behind its backward.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -98,8 +98,8 @@ class WeightShards:
             # Sums, not means: the loss is divided by the global number of tokens. Neither call recurses.
             wrapped.set_gradient_divide_factor(1.0)
             wrapped.set_force_sum_reduction_for_comms(True)
-            wrapped.set_custom_all_gather(_AllGather(self.shard_axis))
-            wrapped.set_custom_reduce_scatter(_ReduceScatter(self.shard_axis))
+            wrapped.set_custom_all_gather(AllGather(self.shard_axis))
+            wrapped.set_custom_reduce_scatter(ReduceScatter(self.shard_axis))
             if self.widen:
                 wrapped.register_forward_pre_hook(_takes_gradients_in(policy.reduce_dtype))
             if self.outer.size > 1:
@@ -135,6 +135,12 @@ class WeightShards:
             assert isinstance(sharded.grad, DTensor), "a parameter got no gradient"
             with torch.no_grad():
                 master.grad = sharded.grad.to_local()
+
+    def gradients(self) -> Iterator[Tensor]:
+        """All that is there of gradients now, whole and in shards."""
+        for module in (module for root in self._roots for module in root.modules()):  # type: ignore[attr-defined]
+            if isinstance(module, FSDPModule):
+                yield from _gradients(module)
 
     def publish(self) -> None:
         """After the optimizer's step: drop gradients, and weights that were gathered before it."""
@@ -191,6 +197,17 @@ def _take_gradients(root: FSDPModule) -> None:
     fully_shard.state(root)._root_post_backward_final_callback()  # type: ignore[attr-defined]
 
 
+def _gradients(module: FSDPModule) -> Iterator[Tensor]:
+    """Those of a module's own group; private names."""
+    state = fully_shard.state(module)  # type: ignore[attr-defined]
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    for each in (each for group in groups if group is not None for each in group.fsdp_params):
+        whole = getattr(each, "_unsharded_param", None)
+        for x in (each.sharded_param.grad, None if whole is None else whole.grad, each.unsharded_accumulated_grad):
+            if x is not None:
+                yield x._local_tensor if isinstance(x, DTensor) else x
+
+
 def _let_go_of_sent(root: FSDPModule) -> None:
     """Let go of the last gradients that a backward sent, which `fully_shard` holds until the next one of the same stage
     is under way: private names, of torch 2.13 and of those before.
@@ -205,7 +222,7 @@ def _let_go_of_sent(root: FSDPModule) -> None:
             torch.cuda.current_stream().wait_event(each.event)
 
 
-class _Transport:
+class Transport:
     """How fully_shard allocates and moves its buffers: by our collectives, where bytes are counted."""
 
     def __init__(self, axis: Axis) -> None:
@@ -215,14 +232,14 @@ class _Transport:
         return torch.empty(*size, dtype=dtype, device=device)
 
 
-class _AllGather(_Transport):
+class AllGather(Transport):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
         start_all_gather(input_tensor, self.axis, output_tensor).wait()
 
 
-class _ReduceScatter(_Transport):
+class ReduceScatter(Transport):
     def __call__(
         self,
         output_tensor: Tensor,

@@ -9,7 +9,7 @@ from functools import cache
 
 from megasp.config.recompute import Recompute
 from megasp.config.schema import ModelConfig
-from megasp.footprint import Footprint, Part, as_part, chain, joined, recomputed
+from megasp.footprint import Footprint, Part, as_part, chain, joined, pinned, recomputed
 from megasp.model.activations import activation_footprint
 from megasp.model.dropout import dropout_footprint
 from megasp.model.layers import embedding_footprint, sum_footprint
@@ -84,9 +84,12 @@ def norm_parameters(model: ModelConfig) -> int:
     return model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
 
 
-def largest_matrix(model: ModelConfig, tp: int) -> int:
-    """Elements of a layer's largest tensor on one rank of `tp`."""
-    return model.hidden_size * model.mlp_size * (2 if model.swiglu else 1) // tp
+def matrices(model: ModelConfig, tp: int) -> list[int]:
+    """Elements of a layer's matrices on one rank of `tp`, fused as they are held."""
+    heads, kv = model.num_attention_heads // tp, max(1, model.kv_heads // tp)
+    ffn = model.mlp_size // tp
+    widths = (heads + 2 * kv) * model.head_dim, heads * model.head_dim, ffn * (2 if model.swiglu else 1), ffn
+    return [model.hidden_size * width for width in widths]
 
 
 def end_parameters(model: ModelConfig, tp: int, first: bool, last: bool) -> dict[str, int]:
@@ -206,7 +209,8 @@ def _in_chunks(model: ModelConfig, sizes: Sizes) -> Footprint:
     found = chain([part], stream, STREAM)
     if not past.host:
         return found
-    return replace(found, host=sum(past.kept.values()), host_working=(chunks - 1) * past.keys * past.wide)
+    kept, working = past.on_host
+    return replace(found, host=kept, host_working=working)
 
 
 @cache
@@ -269,7 +273,7 @@ def stage_layers(
             growing=piece.growing + before,
         )
     for index, piece, _ in away:
-        found[index] = replace(found[index], host=piece.host + piece.total)
+        found[index] = replace(found[index], host=piece.host + sum(map(pinned, piece.kept.values())))
     return found
 
 

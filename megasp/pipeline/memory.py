@@ -105,7 +105,9 @@ class StageBytes:
 
     def put_off(self, fresh: bool) -> tuple[Moment, int]:
         """The fullest moment of W, and the gradients that it adds."""
-        made = sum(weights.gradients for piece, weights in zip(self.pieces, self.weights, strict=True) if piece.deferred)
+        made = sum(
+            weights.gradients for piece, weights in zip(self.pieces, self.weights, strict=True) if piece.deferred
+        )
         largest, grown = max(piece.largest for piece in self.pieces), made if fresh else 0
         copied = 1 if made else 2  # autograd takes a copy where there is no sum to add to
         return Moment(grown + copied * largest, gradients=grown), grown

@@ -17,6 +17,7 @@ from megasp.config.stages import Stage, split
 from megasp.config.tiles import head_bytes, mlp_tiles
 from megasp.data_parallel.memory import Sharding, StateBytes, stage_weights
 from megasp.errors import ConfigError
+from megasp.footprint import pinned
 from megasp.model import fp8
 from megasp.model import memory as model_memory
 from megasp.model.memory import Sizes
@@ -24,6 +25,15 @@ from megasp.pipeline.memory import Peak, StageBytes, peak
 from megasp.pipeline.schedules import placement, schedule
 from megasp.sequence_parallel.memory import AttentionSizes
 from megasp.training.host_optimizer import in_transit
+
+COMPONENTS = (
+    "parameters", "master weights", "gradients", "optimizer states", "gathered weights", "reduction buffers",
+    "kept activations", "working memory", "pipeline messages",
+)  # fmt: skip
+"""Of what a device holds."""
+
+COPY = "copy for a checkpoint"
+"""Of what the host does."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +81,9 @@ class Account:
     def rows(self) -> list[tuple[str, int]]:
         """Component -> bytes, which add up to `total`."""
         s, p = self.states, self.peak
-        rows = {
-            "parameters": s.parameters + min(0, p.gathered),
-            "master weights": s.masters,
-            "gradients": s.gradients if s.buffered else p.gradients,
-            "optimizer states": s.optimizer,
-            "gathered weights": max(0, p.gathered),
-            "reduction buffers": p.buffers,
-            "kept activations": p.activations,
-            "working memory": p.working,
-            "pipeline messages": p.messages,
-        }
+        gradients = s.gradients if s.buffered else p.gradients
+        held = s.parameters + min(0, p.gathered), s.masters, gradients, s.optimizer, max(0, p.gathered), p.buffers
+        rows = dict(zip(COMPONENTS, (*held, p.activations, p.working, p.messages), strict=True))
         rows["optimizer step"] = self.total - sum(rows.values())
         return [(name, size) for name, size in rows.items() if size]
 
@@ -117,12 +119,12 @@ def account(
     steps = schedule(plan.schedule, plan.ranks, config.num_microbatches(layout), plan.chunks)
     fullest = peak(steps, pipeline_rank, stages, sizes.rows * model.hidden_size * sizes.item)
     live = Counter(fullest.live) + Counter([fullest.action.stage] * (fullest.action.kind == "F"))
+    tensors = [n for stage in mine for n in [*model_memory.matrices(model, layout.tp)] * len(stage.layers)]
+    tensors += [count for end in ends.values() for count in end.values()]
+    host = _host(config, sharding, states.host, tensors)
     activations = sum(count * sum(piece.host for piece in stages[number].pieces) for number, count in live.items())
     activations += max(piece.host_working for stage in stages.values() for piece in stage.pieces)
-    host = states.host | ({"activations": activations} if activations else {})
-    if sharding.host_share:
-        matrices = [model_memory.largest_matrix(model, layout.tp), *(n for end in ends.values() for n in end.values())]
-        host["in transit"] = in_transit(max(matrices) // (sharding.shards if sharding.zero else 1), sizes.item)
+    host |= {"activations": activations} if activations else {}
     return Account(
         layout.rank(dict.fromkeys(("dp_outer", "dp_inner", "ring", "ulysses", "tp"), 0) | {"pp": pipeline_rank}),
         pipeline_rank,
@@ -134,6 +136,27 @@ def account(
     )
 
 
+def _host(config: Config, sharding: Sharding, states: dict[str, int], tensors: Sequence[int]) -> dict[str, int]:
+    """Component -> bytes in the host's memory, beside activations. What is pinned takes powers of two, by tensor.
+
+    Args:
+        tensors: elements of this rank's weights, but for norms and biases.
+    """
+    held, wide = dict(states), sharding.wide
+    shards = [-(-count // sharding.shards) if sharding.zero else count for count in tensors]
+    if sharding.host_weights:
+        held |= dict.fromkeys(("master weights", "gradients"), sum(pinned(count * wide) for count in shards))
+    if sharding.host_share:
+        held["in transit"] = in_transit(max(shards), sharding.item)
+    if config.checkpoint.async_save:
+        copies = 1 if config.checkpoint.no_save_optim else 3
+        on_host = config.offload.moved_share
+        held[COPY] = copies * sum(
+            round(on_host * count * wide + (1 - on_host) * pinned(count * wide)) for count in shards
+        )
+    return held
+
+
 def check_host_memory(config: Config, layout: Layout, ranks: int, memory: int) -> None:
     """Refuse to offload more than there is room for.
 
@@ -142,19 +165,30 @@ def check_host_memory(config: Config, layout: Layout, ranks: int, memory: int) -
     Raises:
         ConfigError: they need more.
     """
-    activations = config.activations
+    activations, saves = config.activations, config.checkpoint.async_save
     kept_there = activations.cpu_offloading_activations or activations.cpu_offloading_attention
-    if not (config.offload.optimizer_cpu_offload or kept_there):
+    if not (config.offload.optimizer_cpu_offload or kept_there or saves):
         return
     fullest = max((account(config, layout, rank) for rank in range(layout.pp)), key=lambda each: each.on_host)
-    if ranks * fullest.on_host > memory:
+    copy = fullest.host.get(COPY, 0)
+    needed = ranks * (fullest.on_host - copy) + writers(layout, ranks) * copy
+    if needed > memory:
         held = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in fullest.host.items())
         raise ConfigError(
-            f"offloading {ranks * fullest.on_host / 1e9:.0f} GB to a host that has {memory / 1e9:.0f}",
-            f"each of its {ranks} ranks keeps {fullest.on_host / 1e9:.1f} GB there ({held})",
-            "use a smaller --optimizer-offload-fraction, shard over more ranks by "
+            f"{needed / 1e9:.0f} GB in the memory of a host that has {memory / 1e9:.0f}",
+            f"each of its {ranks} ranks keeps {fullest.on_host / 1e9:.1f} GB there ({held})"
+            + (f", the copy on the {writers(layout, ranks)} that write checkpoints" if copy else ""),
+            ("save without --async-save, " if saves else "")
+            + "use a smaller --optimizer-offload-fraction, shard over more ranks by "
             "--data-parallel-sharding-strategy, or use fewer ranks a machine",
         )
+
+
+def writers(layout: Layout, ranks: int) -> int:
+    """How many of a machine's `ranks` write what they hold to a checkpoint: of ranks that hold the same, the first."""
+    alike = ("dp_outer",) if layout.zero else ("dp_outer", "dp_inner", "ring", "ulysses")
+    places = (layout.coordinates(rank) for rank in range(min(ranks, layout.world_size)))
+    return sum(not any(place[axis] for axis in alike) for place in places)
 
 
 def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
@@ -217,7 +251,7 @@ def sharding_of(
         deferred=config.pipeline.defers_weight_gradients,
         host_share=offload.optimizer_share,
         host_weights=offload.cpu_offloading_weights,
-        largest=model_memory.largest_matrix(config.model, layout.tp),
+        largest=max(model_memory.matrices(config.model, layout.tp)),
     )
 
 
@@ -273,6 +307,16 @@ def table(accounts: Sequence[Account], measured: Mapping[str, Sequence[int]] | N
     lines = [f"{'pipeline rank':{width}}" + "".join(f"{each.pipeline_rank:>10}" for each in accounts)]
     lines += [f"{name:{width}}" + "".join(f"{size / 1e9:10.2f}" for size in sizes) + " GB" for name, sizes in rows]
     return [*lines, f"{'fullest in':{width}}" + "".join(f"{each.fullest:>10}" for each in accounts)]
+
+
+def by_component(found: Sequence[Mapping[str, int]], width: int = 22) -> list[str]:
+    """Component -> bytes of some ranks, a column each, in GB of 10^9 bytes."""
+    rows = []
+    for name in COMPONENTS:
+        if any(name in parts for parts in found):
+            cells = "".join(f"{parts.get(name, 0) / 1e9:10.2f}" for parts in found)
+            rows.append(f"{name:{width}}{cells} GB")
+    return rows
 
 
 def layer_table(each: Account) -> list[str]:
