@@ -142,6 +142,11 @@ class WeightShards:
             if isinstance(module, FSDPModule):
                 yield from _gradients(module)
 
+    def whole_for_a_step(self) -> Iterator[Tensor]:
+        """With ZeRO-1 and -2, the weights that are gathered now."""
+        parameters = (p for root in self._roots for p in root.parameters())  # type: ignore[attr-defined]
+        yield from (p for p in parameters if self.zero_stage < 3 and not isinstance(p, DTensor))
+
     def publish(self) -> None:
         """After the optimizer's step: drop gradients, and weights that were gathered before it."""
         for master in self.masters:

@@ -123,8 +123,16 @@ class Fp8:
         last = held - (copies - 1) * y + x * item + y + gather * x + made
         backward = max((copies + item) * y, held + input_gradient, last)
         kept, waiting = ({}, x * item) if self.keeps_input else ({f"inputs of {name}, fp8": x}, x)
-        own = {"deferred": waiting + y, "gradients": weight * gradient}
-        return Part(name, y * item, forward, backward, kept, keeps_input=self.keeps_input, **own)
+        return Part(
+            name,
+            y * item,
+            forward,
+            backward,
+            kept,
+            keeps_input=self.keeps_input,
+            deferred=waiting + y,
+            gradients=weight * gradient,
+        )
 
 
 def scaled_mm(a: Operand, b: Operand, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:

@@ -6,6 +6,7 @@ as the hidden states and the weight). So the head's GEMMs run once each, and the
 Vocab-parallel cross entropy: arXiv 1909.08053 section 3; chunked and fused with the head: as in arXiv 2410.10989.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,21 +47,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight: Tensor | None = None
         # Without the loss's divisor, which comes with the backward, a sum over many rows may be too large for fp16.
         dtype = wide if weight.dtype == torch.float16 else gradient_dtype(weight)
+        # A frozen head has no third product.
+        dtypes = (dtype, wide if chunk < rows.shape[0] else dtype) if ctx.needs_input_grad[1] else ()
         for start in range(0, rows.shape[0], chunk):
             part = slice(start, start + chunk)
-            chunk_loss, dlogits = _chunk_loss(rows[part], weight, labels[part], mask[part], axis, train)
-            loss += chunk_loss
-            if dhidden is None or dlogits is None:
-                continue
-            dhidden[part] = linear(dlogits, weight.t())
-            if ctx.needs_input_grad[1]:  # a frozen head has no third product
-                part_dweight = product(dlogits.t(), rows[part].t(), dtype)
-                if dweight is None:
-                    dweight = part_dweight.to(wide) if chunk < rows.shape[0] else part_dweight
-                else:
-                    dweight.add_(part_dweight)
-                del part_dweight
-            del dlogits  # before the next chunk makes its own
+            data = rows[part], labels[part], mask[part]
+            dpart = None if dhidden is None else dhidden[part]
+            dweight = _add_chunk(loss, dpart, dweight, data, weight, axis, dtypes)
         if dhidden is not None:
             ctx.save_for_backward(dhidden.view_as(full), None if dweight is None else dweight.to(dtype))
             ctx.dtype = gradient_dtype(weight)
@@ -74,6 +67,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if dweight is not None:
             dweight = dweight.mul_(grad).to(ctx.dtype)
         return pending.wait(), dweight, None, None, None, None, None, None
+
+
+def _add_chunk(
+    loss: Tensor,
+    dhidden: Tensor | None,
+    dweight: Tensor | None,
+    data: tuple[Tensor, Tensor, Tensor],
+    weight: Tensor,
+    axis: Axis,
+    dtypes: Sequence[torch.dtype],
+) -> Tensor | None:
+    """Add some rows' loss to `loss`, leave their gradient in `dhidden`, and return the sum of the weight's.
+
+    Args:
+        dhidden: [R, D]; None without training.
+        dweight: of the rows before; None at the first.
+        data: hidden [R, D], labels and mask [R].
+        dtypes: of the weight's gradient, and of its sum; empty where it is not wanted.
+    """
+    chunk_loss, dlogits = _chunk_loss(data[0], weight, *data[1:], axis, dhidden is not None)
+    loss += chunk_loss
+    if dhidden is None or dlogits is None:
+        return None
+    dhidden.copy_(linear(dlogits, weight.t()))
+    if not dtypes:
+        return None
+    part = product(dlogits.t(), data[0].t(), dtypes[0])
+    return part.to(dtypes[1]) if dweight is None else dweight.add_(part)
 
 
 def _chunk_loss(

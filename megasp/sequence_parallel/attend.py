@@ -122,10 +122,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, job: _Job) -> tuple[Tensor, Tensor
                 tensors, lengths = call.take((queries[:, heads],), (keys, values))
                 out, lse = job.kernel.forward_varlen(*tensors, *lengths, call.causal, options.scale)  # type: ignore[attr-defined]
                 output.merge_columns(out.transpose(0, 1)[None], lse[None], call.rows, heads, call.q(q.device)[0])
-                continue
-            rows, columns = _index(call, call.q, heads), _index(call, call.k, slice(None))
-            out, lse = job.kernel.forward(queries[rows], keys[columns], values[columns], call, options)
-            output.merge(out, lse, rows)
+            else:
+                _forward_block((queries,), (keys, values), output, call, job, options, heads)
     # As the model's next product reads it, so that what is kept here is what is kept there: no copy of it.
     out = q.new_empty(q.shape[2], q.shape[0], q.shape[1], q.shape[3]).permute(1, 2, 0, 3)
     return out.copy_(mine.out), mine.lse
@@ -159,6 +157,15 @@ def _backward(
 
 
 Tensors = tuple[Tensor, ...]
+
+
+def _forward_block(
+    held: Tensors, keys: Tensors, sums: Partial, block: Block, job: _Job, options: Options, heads: slice
+) -> None:
+    """Merge one block's output into these heads of `sums`; `held` is q, and `keys` are k and v of the heads."""
+    rows, columns = _index(block, block.q, heads), _index(block, block.k, slice(None))
+    out, lse = job.kernel.forward(held[0][rows], *(x[columns] for x in keys), block, options)
+    sums.merge(out, lse, rows)
 
 
 def _backward_block(held: Tensors, keys: Tensors, sums: Tensors, block: Block, job: _Job, options: Options) -> None:
