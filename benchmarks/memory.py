@@ -63,6 +63,8 @@ CASES: list[tuple[str, int, str]] = [
     ("llama3-8b", 8, f"{ZERO} optim_grads_params {PP2} --pipeline-schedule zbv --fp8-format hybrid"),
     ("llama3-8b", 8, f"{ZERO} optim_grads {PP2} --num-virtual-stages-per-pipeline-rank 4"),
     ("llama3-8b", 8, f"--cpu-offloading-activations {ZERO} optim_grads_params"),
+    ("llama3-8b", 8, f"{ZERO} optim_grads_params {HOST} --cpu-offloading-weights --ulysses-size 8 {LONG}"),
+    ("llama3-8b", 1, f"{ZERO} optim_grads_params {HOST} --cpu-offloading-weights --cpu-offloading-activations"),
     ("llama3-8b", 8, "--recompute-granularity full --recompute-method block --recompute-num-layers 16"),
     ("llama3-8b", 1, f"--optimizer-cpu-offload {FULL}"),
     ("llama3-8b", 8, f"{ZERO} optim_grads_params {HOST} --ulysses-size 8 {LONG}"),
