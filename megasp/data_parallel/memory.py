@@ -110,16 +110,19 @@ class Sharding:
         return elements * self.item if self.shards > 1 else 0
 
     def cast(self, elements: int) -> int:
-        """Bytes of a rank's own part on its way there."""
-        narrow = -(-elements // self.shards) * self.item if self.item < self.wide else 0
-        return narrow + self.host_weights * -(-min(elements, self.largest) // self.shards) * self.wide
+        """Bytes of a rank's own part on its way there: cast together, or one by one where nothing is gathered; from the
+        host one by one."""
+        largest = min(elements, self.largest)
+        narrow = -(-elements // self.shards) if self.shards > 1 else largest
+        wide = -(-largest // self.shards) * self.wide * self.host_weights
+        return narrow * self.item * (self.item < self.wide) + wide
 
     def reduction(self, elements: int, alone: bool) -> Reduction:
         """Of parameters that are reduced together, or of one `alone`, which `fully_shard` holds while its shard
         arrives."""
         whole = self.made if self.reduces == "always" else self.summed
         shard = -(-elements // self.shards)
-        arriving = shard * (self.summed + (self.wide if self.summed < self.wide else 0)) if alone else 0
+        arriving = shard * (self.summed + (self.wide if self.summed < self.wide else 0)) if alone and self.shards > 1 else 0
         return Reduction(
             elements * whole,
             elements * self.summed,
@@ -159,14 +162,16 @@ def stage_weights(
             reductions.insert(0 if first else len(piece), sharding.reduction(rest, alone=True))
         unit = max(piece, default=0)
         sent = sharding.buffer(unit or rest)
-        arriving = sharding.whole(rest) + sharding.buffer(before) + sent + sharding.cast(unit)
+        alone = sharding.whole(unit) if sharding.shards == 1 else 0  # which is not gathered ahead
+        arriving = sharding.whole(rest) + sharding.buffer(before) + (sent or alone) + sharding.cast(unit)
         forward = sharding.whole(rest + unit) + sent
         returning = backward = ahead = 0
         if sharding.zero == 3 and not embedding:
             following = max(units[index - 1]) if index > first else 0
             ahead = sharding.buffer(following)
             backward = sharding.whole(sum(piece)) + (ahead if len(piece) == 1 else 0)
-            returning = sharding.whole(unit) + max(sent, ahead + sharding.cast(following))
+            coming = alone and sharding.cast(unit) or ahead + sharding.cast(following)
+            returning = sharding.whole(unit) + max(sent, coming)
         whole = sum(piece) * sharding.item if sharding.zero < 3 else 0
         runs = gradients, max(1, len(piece)), tuple(reductions)
         found.append(Weights(arriving, forward, returning, backward, ahead, whole, *runs))

@@ -96,7 +96,8 @@ class WeightShards:
                 unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, offload_policy=self._offload
             )
             # Sums, not means: the loss is divided by the global number of tokens. Neither call recurses.
-            wrapped.set_gradient_divide_factor(1.0)
+            if self.shard_axis.size * self.outer.size > 1:  # alone, it would be a copy
+                wrapped.set_gradient_divide_factor(1.0)
             wrapped.set_force_sum_reduction_for_comms(True)
             wrapped.set_custom_all_gather(AllGather(self.shard_axis))
             wrapped.set_custom_reduce_scatter(ReduceScatter(self.shard_axis))
