@@ -116,12 +116,12 @@ class WeightShards:
         """Before each backward: whether it is the last one of its pipeline stage in this step."""
         for root in self._roots:
             _let_go_of_sent(root)
-            if self.deferred:
-                _take_gradients(root)  # what was deferred, before more is added to it in low precision
             root.set_requires_gradient_sync(not self.deferred and (last or self.zero_stage > 1))
             root.set_requires_all_reduce(last)
             root.set_reshard_after_backward(self.zero_stage == 3 or (last and not self.deferred))
             root.set_is_last_backward(last and not self.deferred)
+            if self.deferred:
+                _take_gradients(root)  # what was deferred, before more is added to it in low precision
 
     def finish(self) -> None:
         """After the last backward: leave on every master the sum of its gradient over all ranks that hold it."""
