@@ -184,7 +184,8 @@ class _Walk:
         self._take(action)
         for following in self.row[index + 1 : index + 2]:
             self._expect(following)
-        self.stale.pop(number, None)
+        if action.kind != "W":
+            self.stale.pop(number, None)
         if action.kind == "F":
             first = not self.forwards[number]
             self.whole += stage.whole * first
