@@ -9,6 +9,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from benchmarks import published_memory
 from benchmarks.published import Row, rows
@@ -21,6 +22,9 @@ FITTED = 8.5
 NOISE = 1.10
 """Rates of one model that lie closer together than this are not ranked by anything but chance: the same workload moves
 by 5% between versions of one stack."""
+
+VERSIONS = 1.05
+"""By so much the same workload moves between versions of one stack."""
 
 EXPLAINED = 0.20
 """Rows that miss by more are listed one by one."""
@@ -77,6 +81,18 @@ def correlations(made: Iterable[Prediction]) -> dict[tuple[str, str], tuple[int,
     return result
 
 
+def ordered(made: Iterable[Prediction]) -> tuple[int, int]:
+    """Of the pairs of rows of one model, GPU and precision whose measured rates lie further apart than versions of one
+    stack do: how many are ranked as measured, and how many there are."""
+    groups: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    for p in made:
+        measured = p.predicted.job.step_tokens / p.row.seconds / p.row.number("gpus")
+        groups[p.row.group].append((measured, p.predicted.tokens_per_second_per_gpu))
+    pairs = [pair for members in groups.values() for pair in combinations(sorted(members), 2)]
+    apart = [(slow, fast) for slow, fast in pairs if fast[0] > VERSIONS * slow[0]]
+    return sum(slow[1] < fast[1] for slow, fast in apart), len(apart)
+
+
 def regrets(made: Iterable[Prediction]) -> dict[str, float]:
     """Where three layouts or more of one model, GPU, count and length were measured in one stack: how much slower than
     the best the planner's choice is."""
@@ -121,18 +137,20 @@ def table(made: list[Prediction]) -> list[str]:
 
 
 def memory_table() -> list[str]:
-    """Peak memory of the rows that state it, by the account."""
+    """Peak memory of the rows that state it, by what each stack holds."""
     made = published_memory.compared()
-    errors = [row.error for row in made]
-    sizes = [abs(error) for error in errors]
-    lines = [
-        f"peak memory: {len(made)} rows, median error {statistics.median(sizes):.1%}, 90th percentile "
-        f"{quantile(sizes, 0.9):.1%}, median signed {statistics.median(errors):+.1%}"
-    ]
+    lines = []
+    for stack in ("all", *dict.fromkeys(row.row["framework"].split(" (")[0] for row in made)):
+        errors = [row.error for row in made if stack in ("all", row.row["framework"].split(" (")[0])]
+        sizes = [abs(error) for error in errors]
+        lines.append(
+            f"peak memory, {stack}: {len(errors)} rows, median error {statistics.median(sizes):.1%}, 90th percentile "
+            f"{quantile(sizes, 0.9):.1%}, median signed {statistics.median(errors):+.1%}"
+        )
     for row in sorted(made, key=lambda row: row.error):
         lines.append(
-            f"    {row.error:+5.0%}  {row.row['id']:14} {row.row['model']} {row.layout} micro-batch "
-            f"{row.row['micro_batch']}: {row.predicted / 1e9:.1f} GB, measured {row.measured / 1e9:.1f}"
+            f"    {row.error:+5.0%}  {row.row['id']:14} {row.row['model']} {row.job.layout.name} "
+            f"micro-batch {row.row['micro_batch']}: {row.predicted / 1e9:.1f} GB, measured {row.measured / 1e9:.1f}"
         )
     left = Counter(published_memory.reasons()).most_common()
     return [*lines, "left out:", *(f"    {number:4}  {reason}" for reason, number in left)]
@@ -151,6 +169,8 @@ def main() -> None:
     )
     for (model, gpu), (number, correlation) in ranks.items():
         print(f"    {correlation:5.2f}  {model}, {gpu} ({number} rows)")
+    right, pairs = ordered(made)
+    print(f"pairs of them that lie more than {VERSIONS - 1:.0%} apart: {right} of {pairs} in the right order")
     lost = regrets(made)
     print(f"\nregret: median {statistics.median(lost.values()):.1%}, worst {max(lost.values()):.1%}")
     for name, value in lost.items():

@@ -35,6 +35,12 @@ NOT_STATED = {
 BOTH, BACKWARD, NONE = frozenset({"forward", "backward"}), frozenset({"backward"}), frozenset[str]()
 
 MEGATRON = Software("fused", True, BOTH, 2, 2)
+ZERO_BUBBLE = Software("fused softmax", True, NONE, 4, overlap_messages=False)
+"""Scores in memory, as its peaks show; its scripts have --no-overlap-p2p-communication."""
+NANOTRON = Software("flash", False, NONE, 4, accumulate_bytes=10, overlap_messages=False)
+"""A microbatch's bf16 gradients are added to fp32 sums by a kernel of their own (optim/gradient_accumulator.py); each
+message waits for its transfer, its shape's before it (parallel/pipeline_parallel/p2p.py)."""
+
 STACKS = {
     # Transformer Engine, cuDNN attention, user-buffer overlap of tensor parallelism, bf16 gradients in the recipes.
     "NeMo/Megatron-Core": MEGATRON,
@@ -42,13 +48,15 @@ STACKS = {
     "Megatron-LM core r0.8.0": MEGATRON,
     "MaxText": MEGATRON,  # XLA fuses and schedules collectives asynchronously; cuDNN attention
     "Megatron-LM": MEGATRON,
-    "Megatron-LM 2022": Software("unfused", True, NONE, 4),  # fused softmax, scores in memory
-    "zero-bubble (1F1B)": Software("flash", True, NONE, 4),
-    "zero-bubble (1F1B-I)": Software("flash", True, NONE, 4),
+    "Megatron-LM 2022": Software("fused softmax", True, NONE, 4, overlap_messages=False),
+    "zero-bubble (1F1B)": ZERO_BUBBLE,
+    "zero-bubble (1F1B-I)": ZERO_BUBBLE,
     "llm-foundry (PyTorch FSDP)": Software("triton", False, NONE, 2),  # eager PyTorch
     "torchtitan": Software("flash", True, NONE, 4),  # torch.compile
     "fms-fsdp": Software("flash", True, NONE, 2),  # torch.compile
-    "nanotron": Software("flash", False, NONE, 4),
+    "nanotron": NANOTRON,
+    # Without DDP: `sync_gradients_across_dp(reduce_scatter=False)` after the last backward (trainer.py).
+    "nanotron ZeRO-1": dataclasses.replace(NANOTRON, overlap_gradients=False, whole_gradients=True),
     "InternEvo": Software("flash", True, NONE, 2),
     "DistFlashAttn (ring)": Software("flash", False, NONE, 2, 2),  # on Hugging Face's model code
     "DeepSpeed-Ulysses": Software("flash", False, NONE, 2),
@@ -143,6 +151,21 @@ class Row:
         )
 
     @property
+    def stack(self) -> str:
+        """Its code base, as `STACKS` names it."""
+        if self["source"] == "K22":
+            return "Megatron-LM 2022"
+        return self["framework"] + " ZeRO-1" * (self["framework"] == "nanotron" and self["zero_stage"] == "1")
+
+    @property
+    def stage_layout(self) -> str:
+        """Which layers are where, as the source's code splits them, in words of --pipeline-model-parallel-layout."""
+        stages = self.number("pp") * self.number("vpp")
+        sizes = {name: self.number(name) for name in ("layers", "hidden", "ffn", "vocab")}
+        split = by_cost(stages, **sizes) if self["framework"] == "nanotron" else evenly(sizes["layers"], stages)
+        return "E" + "|".join("t" * layers for layers in split) + "L"
+
+    @property
     def job(self) -> Job:
         dp, cp, ulysses = self.number("dp"), self.number("cp"), self.number("ulysses")
         inner = {"INTERNEVO": 8}.get(self["source"], 128 if "fsdp=128" in self["notes"] else dp)
@@ -156,9 +179,7 @@ class Row:
             dataclasses.asdict(model)
             | {"seq_length": self.number("seq_len"), "pipeline_model_parallel_size": layout.pp}
             | ({"num_virtual_stages_per_pipeline_rank": chunks} if plan.chunks > 1 else {})
-            # NeMo counts the embedding and the loss as layers: with two layers fewer than stages the ends have none.
-            | ({"pipeline_model_parallel_layout": f"E|(t|)*{model.num_layers}L"}
-               if model.num_layers == plan.stages - 2 else {})
+            | ({"pipeline_model_parallel_layout": self.stage_layout} if layout.pp > 1 else {})
         )  # fmt: skip
         return Job(
             model=model,
@@ -174,8 +195,32 @@ class Row:
             zero=self.number("zero_stage", 0),
             recompute=_recompute(self["recompute"]),
             offload_activations=0.5 if "offload 40 layers" in self["offload"] else 0.0,
-            software=STACKS["Megatron-LM 2022" if self["source"] == "K22" else self["framework"]],
+            software=STACKS.get(self.stack, Software()),  # memory is asked of others, too
         )
+
+
+def evenly(layers: int, stages: int) -> list[int]:
+    """Megatron-LM splits evenly. Where that does not go, its users count embedding and head as a layer each (the
+    zero-bubble paper, and NeMo's --account-for-embedding-in-pipeline-split and -loss-)."""
+    each, left = divmod(layers, stages)
+    if not left:
+        return [each] * stages
+    each, left = divmod(layers + 2, stages)
+    assert not left, f"{layers} layers over {stages} stages"
+    return [each - 1, *[each] * (stages - 2), each - 1]
+
+
+def by_cost(stages: int, layers: int, hidden: int, ffn: int, vocab: int) -> list[int]:
+    """nanotron's `build_model` (models/base.py): a stage takes blocks until their summed cost passes its share, the
+    block that passes it included. Costs are elements of a layer's matrices, 4 h^2 of attention whatever the kv heads,
+    and of the head."""
+    layer, head = hidden * (4 * hidden + 3 * ffn), hidden * vocab
+    share = (layers * layer + head) / stages
+    split, stage = [0] * stages, 0
+    for number in range(1, layers + 1):
+        split[stage] += 1
+        stage += number * layer > (stage + 1) * share
+    return split
 
 
 def _recompute(words: str) -> Redone:

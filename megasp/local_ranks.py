@@ -1,7 +1,7 @@
 """Ranks on this machine without a launcher: `run_ranks(fn, world_size, *args)` runs `fn(*args)` on gloo ranks.
 
-Ranks come from a forkserver that has torch loaded, so eight of them start in a quarter of a second (spawned ones take
-ten), meet over a file instead of a port, and are ended when one of them fails or the time is up.
+Ranks come from a forkserver that has torch and `fn` loaded, so eight of them start in a quarter of a second (spawned
+ones take ten), meet over a file instead of a port, and are ended when one of them fails or the time is up.
 """
 
 import datetime
@@ -24,9 +24,8 @@ PRELOAD: tuple[str, ...] = (
     "torch.optim",
     "torch.testing",
     "torch.utils.checkpoint",
-    "megasp.parallel_state",
-    "megasp.model",
 )
+"""What the forkserver imports before the first ranks start, beside the module of their function."""
 
 
 class RanksFailed(Exception):
@@ -44,7 +43,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
         RanksFailed: with the traceback of the ranks that failed first.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
+    context.set_forkserver_preload([*PRELOAD, fn.__module__])
     with tempfile.TemporaryDirectory(prefix="megasp-ranks-") as name:
         folder = Path(name)
         ranks = [

@@ -47,10 +47,13 @@ class Software:
     """What a training stack does that the layout does not say.
 
     Attributes:
-        attention: its kernel, by the names of --attention-backend; "unfused" writes the scores out.
+        attention: its kernel, by the names of --attention-backend; "unfused" and "fused softmax" write the scores out.
         fused: norms, rotary positions, activations and the loss each run as one kernel (hand-written or compiled);
             otherwise every operation of them reads and writes memory.
         overlap_tensor: in which directions tensor-parallel communication runs behind the GEMMs beside it.
+        overlap_messages: whether what pipeline ranks send one another runs behind the next action.
+        overlap_gradients: whether gradients are reduced behind the backward, and weights gathered behind the forward.
+        whole_gradients: whether ranks that shard the optimizer alone sum all gradients (all-reduce), not their shard's.
         gradient_bytes: of an element of the gradients that data-parallel ranks reduce.
         partial_bytes: of an element of the ring's sums of gradients on their way.
         accumulate_bytes: read and written for a weight and a microbatch to add its gradient up, where the product does
@@ -70,6 +73,9 @@ class Software:
     cast_bytes: int = 6
     cast_weight_bytes: int = 0
     gather_bytes: int = 2
+    overlap_messages: bool = True
+    overlap_gradients: bool = True
+    whole_gradients: bool = False
 
 
 MEGASP = Software(accumulate_bytes=14, cast_bytes=11, cast_weight_bytes=9, gather_bytes=1)

@@ -28,6 +28,11 @@ COMPONENTS = (
 )  # fmt: skip
 """Every component of a step's time, in the order of reports."""
 
+SCORE_BYTES = {"unfused": (11, 14), "fused softmax": (8, 9)}
+"""Attention that has its scores in memory -> bytes read and written for one beside the products, forward and backward:
+operations of their own; Megatron-LM's softmax, which scales and masks (3 forward, 4 backward, for it reads the unmasked
+half alone), and dropout (5 and 5)."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -127,10 +132,10 @@ def _attention(job: Job, rates: Rates, backward: bool) -> float:
         seen = model.window_size * (1 - model.window_size / (2 * length))
     width = model.num_attention_heads / layout.tp * model.head_dim
     flops = 4 * job.tokens * width * seen
-    if job.software.attention == "unfused":  # the whole square, in matrix products, and scores in memory
+    if job.software.attention in SCORE_BYTES:  # the whole square, in matrix products
         heads = job.tokens * model.num_attention_heads / layout.tp
         products = 2 * rates.matmul(heads, length, model.head_dim) * (2 if backward else 1)
-        return products + rates.memory(heads * length * (14 if backward else 11))
+        return products + rates.memory(heads * length * SCORE_BYTES[job.software.attention][backward])
     block = length / (2 * layout.ring) if layout.ring > 1 else length
     return rates.attention(job.software.attention, flops * (2.5 if backward else 1), backward, model.head_dim, block)
 

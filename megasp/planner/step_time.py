@@ -178,16 +178,21 @@ def _quick_pipeline(job: Job, rates: Rates, microbatch: Microbatch) -> tuple[flo
 
 
 def timeline(job: Job, rates: Rates, times: list[StageTime], microbatches: int) -> Timeline:
-    """The simulated pipeline."""
-    plan = job.plan
-    return simulate(
-        schedule(plan.schedule, plan.ranks, microbatches, plan.chunks), action_cost(times), message_seconds(job, rates)
-    )
+    """The simulated pipeline. Messages that do not run behind compute are a part of the action that ends with them, for
+    sender and receiver meet there."""
+    plan, message = job.plan, message_seconds(job, rates)
+    shown = 0.0 if job.software.overlap_messages else message
+    steps = schedule(plan.schedule, plan.ranks, microbatches, plan.chunks)
+    return simulate(steps, action_cost(times, shown), message - shown)
 
 
-def action_cost(times: list[StageTime]) -> Callable[[Action], float]:
-    """Seconds of every action."""
-    table = {(kind, time.stage.number): time.seconds(kind) for time in times for kind in "FBIW"}
+def action_cost(times: list[StageTime], message: float = 0.0) -> Callable[[Action], float]:
+    """Seconds of every action, with its `message`; weight gradients send none."""
+    table = {
+        (kind, time.stage.number): time.seconds(kind) + (message if kind != "W" else 0.0)
+        for time in times
+        for kind in "FBIW"
+    }
     return lambda action: table[action.kind, action.stage]
 
 
@@ -211,13 +216,18 @@ def _gradients(job: Job, rates: Rates, forward: float, backward: float, rank: in
     if job.zero == 3:
         outer = rates.collective(replicas, width * parameters / shard.size, "reduce")
         return outer
+    if not job.software.overlap_gradients:
+        forward = backward = 0.0
     if job.zero == 0:
         return _exposed(rates.collective(both, width * parameters, "reduce"), backward, rates, first)
-    reduce = rates.collective(shard, width * parameters)
-    if job.zero == 2:
-        reduce *= job.microbatches
-        backward *= job.microbatches
-    reduce += rates.collective(replicas, width * parameters / shard.size, "reduce")
+    if job.software.whole_gradients:
+        reduce = rates.collective(both, width * parameters, "reduce")
+    else:
+        reduce = rates.collective(shard, width * parameters)
+        if job.zero == 2:
+            reduce *= job.microbatches
+            backward *= job.microbatches
+        reduce += rates.collective(replicas, width * parameters / shard.size, "reduce")
     gather = rates.collective(shard, 2.0 * parameters)
     return _exposed(reduce, backward, rates, first) + _exposed(gather, forward, rates, first)
 

@@ -9,9 +9,8 @@ import functools
 import io
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 from unittest import mock
@@ -211,33 +210,32 @@ class Trace:
     weights: Held
 
 
-@dataclass
-class Seen:
-    """How many combinations were trained and refused, and the rules that refused them."""
+def accepted(combination: Combination) -> tuple[Config, Layout]:
+    """The configuration that is to train, and its layout with what was left open filled in.
 
-    trained: int = 0
-    refused: Counter[str] = field(default_factory=Counter)
+    Raises:
+        ConfigError: the combination is refused.
+    """
+    how = combination.how
+    wants_offload = how.get("cpu_offloading_activations") or how.get("optimizer_cpu_offload")
+    config = resolve(from_values(combination.given))
+    # Offloading is refused on a CPU for it gains nothing; plain copies stand in for it here.
+    return config, validate(config, combination.layout.world_size, "cuda" if wants_offload else "cpu")
 
 
-def check(combination: Combination, seen: Seen) -> None:
+def check(combination: Combination) -> None:
     """Train it beside the plain run, or see it refused.
 
     Raises:
         AssertionError: it trains otherwise.
     """
-    layout, how = combination.layout, combination.how
-    wants_offload = how.get("cpu_offloading_activations") or how.get("optimizer_cpu_offload")
     try:
-        config = resolve(from_values(combination.given))
-        # Offloading is refused on a CPU for it gains nothing; plain copies stand in for it here.
-        filled = validate(config, layout.world_size, "cuda" if wants_offload else "cpu")
+        config, filled = accepted(combination)
     except ConfigError as refusal:
         assert refusal.got and refusal.rule and refusal.fix, refusal
-        seen.refused[refusal.rule] += 1
         return
-    seen.trained += 1
     reference = _plain(combination.plain, combination.precision)
-    differences = run_ranks(_difference, layout.world_size, config, filled, combination, reference)
+    differences = run_ranks(_difference, filled.world_size, config, filled, combination, reference)
     tolerance = PRECISIONS[combination.precision][2]
     for rank, found in enumerate(differences):
         wrong = {name: value for name, value in found.items() if not value <= tolerance}

@@ -10,19 +10,11 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 
-from megasp import local_ranks, parallel_state
+from megasp import parallel_state
 from megasp.config.layout import Layout
 from megasp.parallel_state import ParallelState
 from tests.ranks import run_ranks
 
-# Ranks are forked with these: to import them in each takes longer than what is tested.
-local_ranks.PRELOAD += (
-    "megasp.huggingface",
-    *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2", "qwen3", "mistral", "gemma2")),
-    "transformers.trainer",
-    "accelerate",
-    "peft",
-)
 TOLERANCE = 2e-5
 VOCAB = 96
 SIZES = {

@@ -53,7 +53,7 @@ def test_killed_at_random_moments(tmp_path: Path, background: bool) -> None:
         began.unlink(missing_ok=True)
         child = context.Process(target=train, args=(f"{flags} --save {root} --load {root}", str(began)))
         child.start()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not began.exists() and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(dice.random() * 0.4)

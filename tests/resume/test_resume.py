@@ -168,12 +168,12 @@ def test_a_signal_saves_and_stops(corpus: str, tmp_path: Path, number: signal.Si
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (tmp_path / "metrics.jsonl").exists() or not losses_so_far(tmp_path):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert f"a rank received {number.name}" in output
     manifest = checkpoints.read_manifest(checkpoints.find_latest(tmp_path))

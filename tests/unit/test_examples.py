@@ -57,7 +57,7 @@ def handed_on(name: str, folder: Path) -> list[list[str]]:
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "NOTES": str(notes), "DATA": "data", "TOKENIZER": "t.json",
         "HF": str(folder / "hf"),
     }  # fmt: skip
-    subprocess.run(["bash", EXAMPLES / name], cwd=folder, env=environment, check=True, capture_output=True, timeout=60)
+    subprocess.run(["bash", EXAMPLES / name], cwd=folder, env=environment, check=True, capture_output=True, timeout=300)
     return [call.splitlines() for call in notes.read_text().split("\nEND\n")[:-1]]
 
 

@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*ROOT.glob("megasp/**/*.py"), ROOT / "pretrain_gpt.py"])
+BESIDE = sorted(file for folder in ("tests", "benchmarks", "examples") for file in ROOT.glob(f"{folder}/**/*.py"))
 
 FLOORS = [
     ["megasp.errors", "megasp.config", "megasp.log", "megasp"],
@@ -29,6 +30,13 @@ FLOORS = [
 """Modules and packages, lowest floor first; the longest name that fits counts."""
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
+LONGER = {
+    "tests/unit/checkpoints/test_from_megatron.py": 556,
+    "tests/unit/config/test_validate.py": 352,
+    "tests/unit/checkpoints/megatron_ranks.py: write": 65,
+    "benchmarks/trainers.py: make_megatron": 76,
+}
+"""Lines of the files and functions beside the package that are longer: they may shrink."""
 FORBIDDEN_NAMES = {"utils", "core", "common", "helpers", "misc"}
 
 
@@ -78,14 +86,23 @@ def test_floor_rule_catches_a_violation() -> None:
     assert floor("megasp.collectives") > floor("megasp.parallel_state") > floor("megasp.config.schema")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_sizes(path: Path) -> None:
-    lines = path.read_text().count("\n")
-    assert lines <= MAX_FILE_LINES, f"{path.name} has {lines} lines"
-    for node in ast.walk(ast.parse(path.read_text())):
+def sizes(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Name, lines and limit of a file and of its functions."""
+    name, text = str(path.relative_to(ROOT)), path.read_text()
+    yield name, text.count("\n"), MAX_FILE_LINES
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
-            assert length <= MAX_FUNCTION_LINES, f"{path.name}: {node.name} has {length} lines"
+            yield f"{name}: {node.name}", (node.end_lineno or node.lineno) - node.lineno + 1, MAX_FUNCTION_LINES
+
+
+@pytest.mark.parametrize("path", FILES + BESIDE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_sizes(path: Path) -> None:
+    assert not [(name, lines) for name, lines, limit in sizes(path) if lines > LONGER.get(name, limit)]
+
+
+def test_the_longer_ones_are_still_longer() -> None:
+    found = {name: (lines, limit) for path in BESIDE for name, lines, limit in sizes(path) if name in LONGER}
+    assert found.keys() == LONGER.keys() and all(lines > limit for lines, limit in found.values()), found
 
 
 def test_no_rooms_without_a_purpose() -> None:

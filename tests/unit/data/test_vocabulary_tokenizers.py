@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import random
 import sys
 
@@ -60,9 +61,13 @@ def test_the_fast_encoder_gives_the_same_ids(both, text):
 
 
 def test_the_fast_encoder_agrees_on_every_character(both):
-    """The two libraries' regular expressions come from different authors: compare all characters in four contexts."""
+    """The two libraries' regular expressions come from different authors: compare all characters in four contexts.
+
+    Of what no version of Unicode has assigned, and of private use beyond the first plane, one in 64 is compared."""
     slow, fast = both
-    characters = [chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000]
+    step = 1 if os.environ.get("MEGASP_FULL_MATRIX") == "1" else 64
+    codes = {*range(0x34000), *range(0x34000, sys.maxunicode + 1, step), *range(0xE0000, 0xE1000)}
+    characters = [chr(c) for c in sorted(codes) if not 0xD800 <= c < 0xE000]
     for start in range(0, len(characters), 100_000):
         text = "".join(f"a{c}1{c}  {c}.{c}\n" for c in characters[start : start + 100_000])
         np.testing.assert_array_equal(fast.encode(text), slow._backend.encode(text).ids)

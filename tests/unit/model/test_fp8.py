@@ -82,6 +82,8 @@ def test_scaling_rounds_nothing_but_small_values() -> None:
 @pytest.mark.parametrize("products", FP8S, ids=str)
 def test_kernels_agree(products: Fp8) -> None:
     """PyTorch's product, which a CPU has, too, and the emulation; forward, input's and weight's gradient."""
+    if products.recipe == "rowwise" and torch.__version__ < (2, 13):
+        pytest.skip("on a CPU PyTorch 2.11 has one scale for a matrix alone")
     x, weight, dy = (random(*shape, seed=i).bfloat16() for i, shape in enumerate([(32, D), (F, D), (32, F)]))
     (x_features, x_rows), (dy_features, dy_rows) = (
         products.cast(x, FEATURES, ROWS),

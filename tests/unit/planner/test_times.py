@@ -11,7 +11,7 @@ from megasp.planner.hardware import load
 from megasp.planner.job import Job
 from megasp.planner.layer_time import layer_parts
 from megasp.planner.rates import Coefficients, Group, Rates
-from megasp.planner.step_time import Microbatch, quick_seconds, step_time
+from megasp.planner.step_time import Microbatch, message_seconds, quick_seconds, step_time
 
 IDEAL = Coefficients(matmul=1.0, attention=1.0, memory=1.0, network=1.0)
 H100, A100 = Rates(load("h100-80"), IDEAL), Rates(load("a100-80"), IDEAL)
@@ -98,3 +98,22 @@ def test_lightseq_sends_less_than_the_ring_for_many_kv_heads() -> None:
     ring = layer_parts(job(cp_comm_type="p2p", tensor_model_parallel_size=8, **base), slow)["F"]["ring"]
     lightseq = layer_parts(job(cp_comm_type="lightseq", tensor_model_parallel_size=8, **base), slow)["F"]["ring"]
     assert lightseq < 0.7 * ring
+
+
+def test_messages_that_are_not_overlapped_show_in_every_action() -> None:
+    plain = job(pipeline_model_parallel_size=8, tensor_model_parallel_size=8, global_batch_size=64)
+    shown = dataclasses.replace(plain, software=dataclasses.replace(plain.software, overlap_messages=False))
+    message = message_seconds(plain, H100)
+    more = step_time(shown, H100).seconds - step_time(plain, H100).seconds
+    each = 2 * plain.microbatches * message  # those that fill and drain the pipeline showed before, too
+    assert 0.8 * each <= more <= each + 4 * plain.layout.pp * message
+
+
+def test_gradients_after_the_backward() -> None:
+    plain = job(tensor_model_parallel_size=8, data_parallel_sharding_strategy="optim")
+    software = dataclasses.replace(plain.software, overlap_gradients=False, whole_gradients=True)
+    parts = step_time(dataclasses.replace(plain, software=software), H100).parts
+    ranks, parameters = Group(8, 8), plain.rank_parameters(0)
+    sums = H100.collective(ranks, software.gradient_bytes * parameters, "reduce")
+    assert parts["data"] == pytest.approx(sums + H100.collective(ranks, 2 * parameters))
+    assert parts["data"] > step_time(plain, H100).parts["data"]
