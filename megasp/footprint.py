@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Footprint:
         put_off: as `backward`, where they are.
         host: what is kept on the host; `host_working`: the most that is there at a time beside.
         gradients: of its weights, as they are made; `growing`: as `backward`, where they stay when they are made;
-            `largest`: of those that may be put off.
+            `largest`: of those that may be put off; `beside`: the most that there is of one beside all before it, less
+            what is still to come, when a copy of each stays.
     """
 
     output: int
@@ -73,6 +75,7 @@ class Footprint:
     gradients: int = 0
     growing: int = 0
     largest: int = 0
+    beside: int = 0
 
     @cached_property
     def total(self) -> int:
@@ -171,7 +174,14 @@ def chain(parts: Sequence[Part], size: int, name: str = "input", residual: bool 
         gradients=sum(part.gradients for part in parts),
         growing=growing,
         largest=max((part.gradients for part in parts if part.deferred), default=0),
+        beside=_beside([(part.gradients, part.gradients) for part in parts if part.deferred]),
     )
+
+
+def _beside(made: Sequence[tuple[int, int]]) -> int:
+    """The most of one's own that there is beside all, of (own, all) of what is made from the last to the first."""
+    to_come = accumulate((whole for _, whole in made), initial=0)
+    return max((own - less for (own, _), less in zip(made, to_come, strict=False)), default=0)
 
 
 def _forward(
@@ -237,8 +247,10 @@ def joined(footprints: Sequence[Footprint], reduced: bool = False) -> Footprint:
         host += each.host
     working = max(each.host_working for each in footprints)
     output = footprints[-1].output
-    beside = deferred, put_off, host, working, gradients, growing, max(each.largest for each in footprints)
-    return Footprint(output, dict(kept), forward, passing, backward, *beside)
+    largest = max(each.largest for each in footprints)
+    beside = _beside([(each.beside, each.gradients) for each in footprints])
+    rest = deferred, put_off, host, working, gradients, growing, largest, beside
+    return Footprint(output, dict(kept), forward, passing, backward, *rest)
 
 
 def recomputed(

@@ -122,12 +122,12 @@ class Sharding:
         arrives."""
         whole = self.made if self.reduces == "always" else self.summed
         shard = -(-elements // self.shards)
-        arriving = shard * (self.summed + (self.wide if self.summed < self.wide else 0)) if alone and self.shards > 1 else 0
+        arrives = self.summed + (self.wide if self.summed < self.wide else 0)
         return Reduction(
             elements * whole,
             elements * self.summed,
             0 if self.host_weights else shard * self.wide,
-            arriving,
+            shard * arrives if alone and self.shards > 1 else 0,
             elements * self.item if self.zero < 3 else 0,
         )
 
@@ -170,7 +170,7 @@ def stage_weights(
             following = max(units[index - 1]) if index > first else 0
             ahead = sharding.buffer(following)
             backward = sharding.whole(sum(piece)) + (ahead if len(piece) == 1 else 0)
-            coming = alone and sharding.cast(unit) or ahead + sharding.cast(following)
+            coming = sharding.cast(unit) if alone else ahead + sharding.cast(following)
             returning = sharding.whole(unit) + max(sent, coming)
         whole = sum(piece) * sharding.item if sharding.zero < 3 else 0
         runs = gradients, max(1, len(piece)), tuple(reductions)

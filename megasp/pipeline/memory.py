@@ -108,9 +108,10 @@ class StageBytes:
         made = sum(
             weights.gradients for piece, weights in zip(self.pieces, self.weights, strict=True) if piece.deferred
         )
-        largest, grown = max(piece.largest for piece in self.pieces), made if fresh else 0
-        copied = 1 if made else 2  # autograd takes a copy where there is no sum to add to
-        return Moment(grown + copied * largest, gradients=grown), grown
+        # Autograd takes a copy of each where there is no sum to add to.
+        grown, largest = made * fresh, max(piece.largest for piece in self.pieces)
+        working = max(piece.beside for piece in self.pieces) if grown else largest if made else 2 * largest
+        return Moment(grown + working, gradients=grown), grown
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ WEIGHTS = {"hidden_size": 512, "ffn_hidden_size": 1408, "seq_length": 512, "voca
 
 @st.composite
 def runs(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
-    """Flags of any kind together, and ranks; not all of them are legal."""
+    """Flags of any kind together, and ranks; not all of them are legal. In bf16: fp32's attention is an estimate."""
     one_of = st.sampled_from
     tp, pp, cp, dp = (draw(one_of(sizes)) for sizes in ((1, 1, 2), (1, 2), (1, 1, 2), (1, 2, 4)))
     zero = draw(one_of(("no_shard", "optim", "optim_grads", "optim_grads_params", "optim_grads_params")))
@@ -153,7 +153,7 @@ def runs(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
         {"recompute_granularity": "all-but-attention"}, SELECTIVE | {"recompute_modules": ("mlp", "layernorm")},
     )  # fmt: skip
     away = ({}, {}, HOST, HOST | {"cpu_offloading_weights": True}, AWAY)
-    others = ({}, {}, FP8, {"tiled_mlp": 4}, {"sequence_chunks": 4}, {"grad_reduce_in_bf16": True}, {"bf16": False})
+    others = ({}, {}, FP8, {"tiled_mlp": 4}, {"sequence_chunks": 4}, {"grad_reduce_in_bf16": True})
     flags = draw(one_of((SMALL, GPT2, SMALL | WEIGHTS, SMALL | WEIGHTS, GPT2 | WEIGHTS))) | {"bf16": True}
     flags |= draw(one_of(recompute)) | draw(one_of(others)) | {"data_parallel_sharding_strategy": zero}
     offload = draw(one_of(away))
@@ -162,11 +162,13 @@ def runs(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
     flags |= offload | (draw(one_of((*schedules, {"pipeline_schedule": "zbv"}))) if pp > 1 else {})
     flags |= {TP: tp, "sequence_parallel": tp > 1 and draw(st.booleans()), PP: pp, "micro_batch_size": 1}
     flags |= {draw(one_of(("ulysses_size", "ring_size"))): cp} if cp > 1 else {}
-    flags |= {"num_distributed_optimizer_instances": 2} if zero != "no_shard" and dp == 4 and draw(st.booleans()) else {}
+    flags |= (
+        {"num_distributed_optimizer_instances": 2} if zero != "no_shard" and dp == 4 and draw(st.booleans()) else {}
+    )
     return flags | {"global_batch_size": dp * pp * draw(one_of((1, 2)))}, tp * pp * cp * dp
 
 
-@settings(sample(30), suppress_health_check=list(HealthCheck))
+@settings(sample(40), suppress_health_check=list(HealthCheck))
 @given(runs())
 def test_any_combination(run: tuple[dict[str, Any], int]) -> None:
     """What is legal of random combinations, on the first and the last pipeline rank in turn."""
