@@ -13,10 +13,10 @@ from megasp.config.schema import Config
 from megasp.config.validate import validate
 from megasp.data_parallel.memory import Sharding
 from megasp.errors import ConfigError
-from megasp.training.memory import account, check_host_memory
+from megasp.training.memory import account, check_host_memory, writers
 from tests.unit.property import sample
 
-TOLERANCE = 0.02
+TOLERANCE = 0.03
 """Between the account and the count."""
 
 SMALL: dict[str, Any] = {
@@ -210,6 +210,18 @@ def test_no_room_on_the_host() -> None:
     with pytest.raises(ConfigError, match=r"each of its 2 ranks keeps 0\.\d GB there \(master weights"):
         check_host_memory(config, layout, 2, 2 * needed - 1)
     check_host_memory(configured({}, 1)[0], layout, 2, 0)
+
+
+def test_no_room_for_the_copy_of_a_checkpoint() -> None:
+    """Of eight ranks that hold the same one writes, and with ZeRO-1 each its shard."""
+    saving = {"async_save": True, "save": "somewhere", "global_batch_size": 8}
+    for more, writing in (({}, 1), ({"data_parallel_sharding_strategy": "optim"}, 8)):
+        config, layout = configured(saving | more, 8)
+        needed = writing * account(config, layout).host["copy for a checkpoint"]
+        assert needed >= 12 * 3_200_000 and writers(layout, 8) == writing
+        check_host_memory(config, layout, 8, needed)
+        with pytest.raises(ConfigError, match="save without --async-save"):
+            check_host_memory(config, layout, 8, needed - 1)
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
