@@ -27,6 +27,8 @@ PARAMETERS = 8.03e9
 LONG = "--seq-length 131072 --max-position-embeddings 131072"
 FULL = "--recompute-granularity full"
 HOST = f"--optimizer-cpu-offload {FULL}"
+ZERO = "--data-parallel-sharding-strategy"
+PP2 = "--pipeline-model-parallel-size 2 --global-batch-size 16"
 CASES: list[tuple[str, int, str]] = [
     # model, ranks, flags
     ("llama3-8b", 8, ""),
@@ -49,11 +51,23 @@ CASES: list[tuple[str, int, str]] = [
     ("llama3-8b", 8, f"--ulysses-size 2 --sequence-chunks 16 --ulysses-head-chunks 2 {FULL} {LONG}"),
     ("llama3-8b", 8, f"--tensor-model-parallel-size 2 --sequence-parallel --sequence-chunks 8 --tiled-mlp 16 {LONG}"),
     ("llama3-8b", 8, f"--sequence-chunks 16 --cpu-offloading-attention --cpu-offloading-activations {FULL} {LONG}"),
-    ("llama3-8b", 8, f"--data-parallel-sharding-strategy optim {FULL}"),
-    ("llama3-8b", 8, f"--data-parallel-sharding-strategy optim_grads {FULL} --global-batch-size 16"),
-    ("llama3-8b", 8, "--data-parallel-sharding-strategy optim_grads_params"),
+    ("llama3-8b", 8, f"{ZERO} optim {FULL}"),
+    ("llama3-8b", 8, f"{ZERO} optim --global-batch-size 16"),
+    ("llama3-8b", 8, f"{ZERO} optim --grad-reduce-in-bf16 --context-parallel-size 2 --global-batch-size 8"),
+    ("llama3-8b", 8, f"{ZERO} optim_grads {FULL} --global-batch-size 16"),
+    ("llama3-8b", 8, f"{ZERO} optim_grads_params"),
+    ("llama3-8b", 8, f"{ZERO} optim_grads_params --recompute-granularity all-but-attention --global-batch-size 16"),
+    ("llama3-8b", 8, f"{ZERO} optim_grads_params {FULL} --recompute-num-layers 4 --ulysses-size 8 {LONG}"),
+    ("llama3-8b", 8, f"{ZERO} optim_grads_params --num-distributed-optimizer-instances 2"),
+    ("llama3-8b", 8, f"{ZERO} optim --num-distributed-optimizer-instances 4 {PP2} --pipeline-schedule zb-h1"),
+    ("llama3-8b", 8, f"{ZERO} optim_grads_params {PP2} --pipeline-schedule zbv --fp8-format hybrid"),
+    ("llama3-8b", 8, f"{ZERO} optim_grads {PP2} --num-virtual-stages-per-pipeline-rank 4"),
+    ("llama3-8b", 8, f"--cpu-offloading-activations {ZERO} optim_grads_params"),
+    ("llama3-8b", 8, f"{ZERO} optim_grads_params {HOST} --cpu-offloading-weights --ulysses-size 8 {LONG}"),
+    ("llama3-8b", 1, f"{ZERO} optim_grads_params {HOST} --cpu-offloading-weights --cpu-offloading-activations"),
+    ("llama3-8b", 8, "--recompute-granularity full --recompute-method block --recompute-num-layers 16"),
     ("llama3-8b", 1, f"--optimizer-cpu-offload {FULL}"),
-    ("llama3-8b", 8, f"--data-parallel-sharding-strategy optim_grads_params {HOST} --ulysses-size 8 {LONG}"),
+    ("llama3-8b", 8, f"{ZERO} optim_grads_params {HOST} --ulysses-size 8 {LONG}"),
     (
         "llama3-70b",
         64,
@@ -77,10 +91,17 @@ CASES: list[tuple[str, int, str]] = [
         f"--tensor-model-parallel-size 8 --sequence-parallel --pipeline-model-parallel-size 2 --ring-size 4 {FULL} "
         f"--recompute-num-layers 2 --global-batch-size 2 {LONG}",
     ),
+    (
+        "llama3-70b",
+        1024,
+        f"--tensor-model-parallel-size 4 --sequence-parallel --pipeline-model-parallel-size 4 {ZERO} optim "
+        "--num-virtual-stages-per-pipeline-rank 20 --global-batch-size 512",
+    ),
+    ("llama3-70b", 64, f"{ZERO} optim_grads_params --tensor-model-parallel-size 8 --sequence-parallel {FULL}"),
 ]
 SAID = (
-    "recompute", "tiled", "num-virtual", "data-parallel-sharding", "sequence-chunks", "ulysses-head", "cpu",
-    "optimizer-cpu", "fp8", "first-last",
+    "recompute", "tiled", "num-virtual", "pipeline-schedule", "sequence-chunks", "ulysses-head", "cpu", "optimizer-cpu",
+    "fp8", "first-last", "grad-reduce",
 )  # fmt: skip
 """Beginnings of the flags that a table names beside the layout."""
 

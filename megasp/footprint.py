@@ -7,8 +7,9 @@ and `as_part` are what recompute makes of them. Pure Python.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class Part:
         keeps_input, keeps_output: whether it needs them in the backward.
         remade: its output is not kept but made again when the next part's backward needs it.
         deferred: what waits for a weight gradient that is put off, where it is this part's.
+        gradients: of its weights, as they are made.
+        growing, put_off: as `backward`, where those of what it is made of stay, and where its own is put off; as
+            `backward` without them.
     """
 
     name: str
@@ -36,6 +40,9 @@ class Part:
     keeps_output: bool = False
     remade: bool = False
     deferred: int = 0
+    gradients: int = 0
+    growing: int = 0
+    put_off: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,9 @@ class Footprint:
         deferred: what waits for weight gradients that are put off.
         put_off: as `backward`, where they are.
         host: what is kept on the host; `host_working`: the most that is there at a time beside.
+        gradients: of its weights, as they are made; `growing`: as `backward`, where they stay when they are made;
+            `largest`: of those that may be put off; `beside`: the most that there is of one beside all before it, less
+            what is still to come, when a copy of each stays.
     """
 
     output: int
@@ -62,11 +72,61 @@ class Footprint:
     put_off: int = 0
     host: int = 0
     host_working: int = 0
+    gradients: int = 0
+    growing: int = 0
+    largest: int = 0
+    beside: int = 0
 
     @cached_property
     def total(self) -> int:
         """All that is kept."""
         return sum(self.kept.values())
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Gradients of weights that are summed over ranks together, in bytes.
+
+    Attributes:
+        whole: on every rank, before; `buffer`: of what is sent, which is there beside them.
+        shard: what stays; `arriving`: what more there is of it while the last of them are still whole.
+        weights: that were whole for the step, and are let go of before.
+    """
+
+    whole: int
+    buffer: int
+    shard: int
+    arriving: int
+    weights: int
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of what runs as one, where they are gathered for it or their gradients have no buffer, in bytes.
+
+    Attributes:
+        arriving: weights that are whole, and buffers of their gathering, at most before its forward; `forward`: while
+            it runs.
+        returning, backward: the same of its backward; `ahead`: when this has ended, for what runs next.
+        whole: weights that stay whole for the step, from its first forward on.
+        gradients: that its backward makes; `units`: layers that do so one after another.
+        reductions: which it ends with, one after another, where gradients are reduced in it.
+    """
+
+    arriving: int = 0
+    forward: int = 0
+    returning: int = 0
+    backward: int = 0
+    ahead: int = 0
+    whole: int = 0
+    gradients: int = 0
+    units: int = 1
+    reductions: tuple[Reduction, ...] = ()
+
+
+def pinned(size: int) -> int:
+    """What PyTorch's allocator of pinned memory takes of the host for so many bytes: a power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def chain(parts: Sequence[Part], size: int, name: str = "input", residual: bool = False) -> Footprint:
@@ -101,9 +161,27 @@ def chain(parts: Sequence[Part], size: int, name: str = "input", residual: bool 
     forward = _forward(parts, sizes, owner, set(first_keeper), residual, keep=True)
     passing = _forward(parts, sizes, owner, set(), residual, keep=False)
     total = sum(kept.values())
-    backward, put_off = (_backward(parts, sizes, owner, first_keeper, total, residual, off) for off in (False, True))
-    deferred = sum(part.deferred for part in parts)
-    return Footprint(sizes[-1], {k: n for k, n in kept.items() if n}, forward, passing, backward, deferred, put_off)
+    ways = (False, False), (True, False), (False, True)
+    backward, put_off, growing = (_backward(parts, sizes, owner, first_keeper, total, residual, *way) for way in ways)
+    return Footprint(
+        sizes[-1],
+        {kind: size for kind, size in kept.items() if size},
+        forward,
+        passing,
+        backward,
+        sum(part.deferred for part in parts),
+        put_off,
+        gradients=sum(part.gradients for part in parts),
+        growing=growing,
+        largest=max((part.gradients for part in parts if part.deferred), default=0),
+        beside=_beside([(part.gradients, part.gradients) for part in parts if part.deferred]),
+    )
+
+
+def _beside(made: Sequence[tuple[int, int]]) -> int:
+    """The most of one's own that there is beside all, of (own, all) of what is made from the last to the first."""
+    to_come = accumulate((whole for _, whole in made), initial=0)
+    return max((own - less for (own, _), less in zip(made, to_come, strict=False)), default=0)
 
 
 def _forward(
@@ -128,40 +206,51 @@ def _backward(
     kept: int,
     residual: bool,
     put_off: bool,
+    growing: bool,
 ) -> int:
-    """The most at a time in the backward; with weight gradients `put_off`, what waits for them stays."""
+    """The most at a time in the backward; with weight gradients `put_off`, what waits for them stays; where these are
+    `growing`, they stay themselves."""
     live = peak = kept + sizes[-1]
     last = max((index for index, part in enumerate(parts) if part.backward), default=-1)
     for index, part in reversed(list(enumerate(parts))):
         before = parts[index - 1] if index else None
         remade = before.forward if before is not None and before.remade else 0
         again = sizes[index] if remade else 0
-        peak = max(peak, live + remade, live + again + part.backward)
+        needed = part.growing * growing or part.put_off * put_off or part.backward
+        peak = max(peak, live + remade, live + again + needed)
         if part.backward:
             through = residual and index == last  # the residual stream holds it, too
             live += sizes[index] - (0 if through else sizes[index + 1])
         live -= sum(part.kept.values())
         live -= sum(sizes[tensor] for tensor, at in keeper.items() if at == index)
-        live += part.deferred if put_off else 0
+        live += part.deferred * put_off + part.gradients * growing
     return max(peak, live + sizes[0]) if residual else peak
 
 
-def joined(footprints: Sequence[Footprint]) -> Footprint:
-    """Footprints one after another, each with the output of the one before as its input."""
+def joined(footprints: Sequence[Footprint], reduced: bool = False) -> Footprint:
+    """Footprints one after another, each with the output of the one before as its input; gradients of weights are
+    `reduced` and let go of behind each backward, or are not."""
     kept: Counter[str] = Counter()
-    forward = passing = backward = deferred = put_off = host = 0
+    forward = passing = backward = deferred = put_off = host = growing = 0
     after = sum(each.deferred for each in footprints)  # the backward begins with the last one
+    grown = gradients = sum(each.gradients for each in footprints)
     for each in footprints:
         after -= each.deferred
+        grown -= each.gradients
         forward = max(forward, sum(kept.values()) + each.forward)
         passing = max(passing, each.passing)
         backward = max(backward, sum(kept.values()) + each.backward)
         put_off = max(put_off, sum(kept.values()) + each.put_off + after)
+        growing = max(growing, sum(kept.values()) + each.growing + (0 if reduced else grown))
         kept.update(each.kept)
         deferred += each.deferred
         host += each.host
     working = max(each.host_working for each in footprints)
-    return Footprint(footprints[-1].output, dict(kept), forward, passing, backward, deferred, put_off, host, working)
+    output = footprints[-1].output
+    largest = max(each.largest for each in footprints)
+    beside = _beside([(each.beside, each.gradients) for each in footprints])
+    rest = deferred, put_off, host, working, gradients, growing, largest, beside
+    return Footprint(output, dict(kept), forward, passing, backward, *rest)
 
 
 def recomputed(
@@ -172,14 +261,28 @@ def recomputed(
     kept = {name: size // shares, **(also or {})}
     share = size // shares if shares > 1 else 0
     forward = inner.passing + sum(kept.values()) - (size if shares == 1 else 0)
-    backward, put_off = (max(inner.forward + inner.output, most) + share for most in (inner.backward, inner.put_off))
-    working = inner.host + inner.host_working
-    return Footprint(
-        inner.output, kept, forward, inner.passing, backward, inner.deferred, put_off, host_working=working
+    again, working = inner.forward + inner.output, inner.host + inner.host_working
+    return replace(
+        inner,
+        kept=kept,
+        forward=forward,
+        backward=max(again, inner.backward) + share,
+        put_off=max(again, inner.put_off) + share,
+        growing=max(again, inner.growing) + share,
+        host=0,
+        host_working=working,
     )
 
 
 def as_part(inner: Footprint, size: int, name: str) -> Part:
     """Parts that are made again from their input of `size` bytes, as one part."""
-    backward = max(inner.forward, inner.backward - inner.output) - size
-    return Part(name, inner.output, inner.passing - size, backward, deferred=inner.deferred)
+    backward, growing = (max(inner.forward, most - inner.output) - size for most in (inner.backward, inner.growing))
+    return Part(
+        name,
+        inner.output,
+        inner.passing - size,
+        backward,
+        deferred=inner.deferred,
+        gradients=inner.gradients,
+        growing=growing,
+    )

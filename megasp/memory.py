@@ -17,7 +17,7 @@ from megasp.config.load import load, parser, to_yaml
 from megasp.config.schema import Config
 from megasp.config.validate import validate
 from megasp.training.datasets import resolve
-from megasp.training.memory import account, layer_table, table
+from megasp.training.memory import account, by_component, layer_table, table
 
 DEFAULTS = {"train_iters": 1, "lr": 1e-4, "mock_data": True}
 """What a run must say and memory does not depend on."""
@@ -56,10 +56,14 @@ def smallest_world(config: Config) -> int:
 def report(config: Config, layout: Layout, counted: bool = False) -> list[str]:
     """The account of every pipeline rank, for a person."""
     accounts = [account(config, layout, rank) for rank in range(layout.pp)]
-    measured = {}
+    measured, parts = {}, []
     if counted:
         counts = [dry_run.count(config, layout, each.rank) for each in log.progress(accounts, "dry run", layout.pp)]
         measured["counted by a dry run"] = [each.peak for each in counts]
+        parts = [
+            "counted at that moment, messages among the activations:",
+            *by_component([each.parts for each in counts]),
+        ]
         if any(each.on_host for each in counts):
             measured["the host's, counted"] = [each.on_host for each in counts]
     reason = split_context(config).reason
@@ -68,6 +72,7 @@ def report(config: Config, layout: Layout, counted: bool = False) -> list[str]:
         *([f"context parallel {layout.cp}: {reason}"] if reason else []),
         "held by a rank at the fullest moment of a step:",
         *table(accounts, measured),
+        *parts,
         f"kept by a layer of a microbatch of {accounts[0].tokens} tokens on a rank:",
         *layer_table(accounts[0]),
     ]

@@ -10,7 +10,7 @@ Where nothing is to be reduced and the compute dtype is the master's, there is n
 puts them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,11 @@ class Replicas:
         for bucket in self._buckets:
             bucket.finish()
 
+    def gradients(self) -> Iterator[Tensor]:
+        """All that is there of gradients now, with their buffers."""
+        yield from (bucket.buffer for bucket in self._buckets)
+        yield from (x.grad for x in (*self.parameters, *self.masters) if x.grad is not None)
+
     def publish(self) -> None:
         """After the optimizer's step: copy masters to the compute weights, and drop the gradients."""
         copies = [(parameter, master) for master, parameter in self._pairs if master is not parameter]
@@ -135,7 +140,7 @@ def _master(parameter: nn.Parameter) -> nn.Parameter:
 
 
 class _Bucket:
-    """One flat gradient buffer; each parameter's gradient is added to its view as autograd makes it."""
+    """One flat gradient `buffer`; each parameter's gradient is added to its view as autograd makes it."""
 
     def __init__(
         self, pairs: list[tuple[nn.Parameter, nn.Parameter]], axis: Axis, dtype: torch.dtype | None, widen: bool
@@ -145,17 +150,17 @@ class _Bucket:
         self.reduce_when_full = False
         first = pairs[0][0]
         dtype = dtype or master_dtype(first.dtype)
-        self._buffer = torch.zeros(sum(m.numel() for m, _ in pairs), dtype=dtype, device=first.device)
+        self.buffer = torch.zeros(sum(m.numel() for m, _ in pairs), dtype=dtype, device=first.device)
         self._views = [
             view.view_as(m)
-            for (m, _), view in zip(pairs, self._buffer.split([m.numel() for m, _ in pairs]), strict=True)
+            for (m, _), view in zip(pairs, self.buffer.split([m.numel() for m, _ in pairs]), strict=True)
         ]
         self._added: set[int] = set()
         self._missing = len(pairs)
         self._pending: Pending | None = None
         for index, (_, parameter) in enumerate(pairs):
-            if widen and parameter.dtype != self._buffer.dtype:
-                parameter.grad_dtype = self._buffer.dtype
+            if widen and parameter.dtype != self.buffer.dtype:
+                parameter.grad_dtype = self.buffer.dtype
             parameter.register_post_accumulate_grad_hook(lambda p, index=index: self._add(index, p))
 
     def _add(self, index: int, parameter: Tensor) -> None:
@@ -171,7 +176,7 @@ class _Bucket:
         if self.reduce_when_full:
             self._missing -= 1
             if self._missing == 0:
-                self._pending = start_all_reduce(self._buffer, self.axis)
+                self._pending = start_all_reduce(self.buffer, self.axis)
 
     def finish(self) -> None:
         assert self._pending is not None, "a parameter of this bucket got no gradient"

@@ -15,7 +15,7 @@ the shards may be in the host's memory. A block's are then copied to the device 
 ahead, and the sums of its gradients go to the host behind its backward.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -96,10 +96,11 @@ class WeightShards:
                 unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, offload_policy=self._offload
             )
             # Sums, not means: the loss is divided by the global number of tokens. Neither call recurses.
-            wrapped.set_gradient_divide_factor(1.0)
+            if self.shard_axis.size * self.outer.size > 1:  # alone, it would be a copy
+                wrapped.set_gradient_divide_factor(1.0)
             wrapped.set_force_sum_reduction_for_comms(True)
-            wrapped.set_custom_all_gather(_AllGather(self.shard_axis))
-            wrapped.set_custom_reduce_scatter(_ReduceScatter(self.shard_axis))
+            wrapped.set_custom_all_gather(AllGather(self.shard_axis))
+            wrapped.set_custom_reduce_scatter(ReduceScatter(self.shard_axis))
             if self.widen:
                 wrapped.register_forward_pre_hook(_takes_gradients_in(policy.reduce_dtype))
             if self.outer.size > 1:
@@ -114,12 +115,13 @@ class WeightShards:
     def begin_microbatch(self, last: bool) -> None:
         """Before each backward: whether it is the last one of its pipeline stage in this step."""
         for root in self._roots:
-            if self.deferred:
-                _take_gradients(root)  # what was deferred, before more is added to it in low precision
+            _let_go_of_sent(root)
             root.set_requires_gradient_sync(not self.deferred and (last or self.zero_stage > 1))
             root.set_requires_all_reduce(last)
             root.set_reshard_after_backward(self.zero_stage == 3 or (last and not self.deferred))
             root.set_is_last_backward(last and not self.deferred)
+            if self.deferred:
+                _take_gradients(root)  # what was deferred, before more is added to it in low precision
 
     def finish(self) -> None:
         """After the last backward: leave on every master the sum of its gradient over all ranks that hold it."""
@@ -134,6 +136,17 @@ class WeightShards:
             assert isinstance(sharded.grad, DTensor), "a parameter got no gradient"
             with torch.no_grad():
                 master.grad = sharded.grad.to_local()
+
+    def gradients(self) -> Iterator[Tensor]:
+        """All that is there of gradients now, whole and in shards."""
+        for module in (module for root in self._roots for module in root.modules()):  # type: ignore[attr-defined]
+            if isinstance(module, FSDPModule):
+                yield from _gradients(module)
+
+    def whole_for_a_step(self) -> Iterator[Tensor]:
+        """With ZeRO-1 and -2, the weights that are gathered now."""
+        parameters = (p for root in self._roots for p in root.parameters())  # type: ignore[attr-defined]
+        yield from (p for p in parameters if self.zero_stage < 3 and not isinstance(p, DTensor))
 
     def publish(self) -> None:
         """After the optimizer's step: drop gradients, and weights that were gathered before it."""
@@ -190,7 +203,32 @@ def _take_gradients(root: FSDPModule) -> None:
     fully_shard.state(root)._root_post_backward_final_callback()  # type: ignore[attr-defined]
 
 
-class _Transport:
+def _gradients(module: FSDPModule) -> Iterator[Tensor]:
+    """Those of a module's own group; private names."""
+    state = fully_shard.state(module)  # type: ignore[attr-defined]
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    for each in (each for group in groups if group is not None for each in group.fsdp_params):
+        whole = getattr(each, "_unsharded_param", None)
+        for x in (each.sharded_param.grad, None if whole is None else whole.grad, each.unsharded_accumulated_grad):
+            if x is not None:
+                yield x._local_tensor if isinstance(x, DTensor) else x
+
+
+def _let_go_of_sent(root: FSDPModule) -> None:
+    """Let go of the last gradients that a backward sent, which `fully_shard` holds until the next one of the same stage
+    is under way: private names, of torch 2.13 and of those before.
+    """
+    sent = fully_shard.state(root)._comm_ctx  # type: ignore[attr-defined]
+    if hasattr(sent, "reduce_scatter_states"):
+        held, sent.reduce_scatter_states = sent.reduce_scatter_states, []
+    else:
+        held, sent.reduce_scatter_state = [sent.reduce_scatter_state], None
+    for each in held:
+        if each is not None and each.event is not None:
+            torch.cuda.current_stream().wait_event(each.event)
+
+
+class Transport:
     """How fully_shard allocates and moves its buffers: by our collectives, where bytes are counted."""
 
     def __init__(self, axis: Axis) -> None:
@@ -200,14 +238,14 @@ class _Transport:
         return torch.empty(*size, dtype=dtype, device=device)
 
 
-class _AllGather(_Transport):
+class AllGather(Transport):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
         start_all_gather(input_tensor, self.axis, output_tensor).wait()
 
 
-class _ReduceScatter(_Transport):
+class ReduceScatter(Transport):
     def __call__(
         self,
         output_tensor: Tensor,

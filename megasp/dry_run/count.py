@@ -1,8 +1,13 @@
 """What one rank of a layout holds, sends and computes in a step."""
 
 import dataclasses
+import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -15,11 +20,17 @@ from megasp.config.kernels import KernelConfig, choose_kernel
 from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.data import Batch
-from megasp.data_parallel import global_norm, sum_partial_, sum_tied_
-from megasp.dry_run.stand_ins import fake_tensors
+from megasp.data_parallel import Replicas, global_norm, sum_partial_, sum_tied_
+from megasp.dry_run.stand_ins import RepeatedKV, fake_tensors
+from megasp.dry_run.tracker import Tracker
+from megasp.pipeline.schedules import Action
+from megasp.sequence_parallel.kernels import KERNELS
 from megasp.training import communication
 from megasp.training.build import Training, build
 from megasp.training.volumes import Volume, closed_forms
+
+NEARLY = 0.99
+"""Of the peak of the step before: from there on it is looked at who holds what."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,7 @@ class Count:
         volume: what the step sent, and computed.
         formula: the same in closed form.
         host: bytes that the host holds between steps; `host_passes`: the peak of a step's passes there.
+        parts: component -> bytes at the peak, where there were two steps; messages are among the activations.
     """
 
     built: int
@@ -40,6 +52,7 @@ class Count:
     formula: Volume
     host: int = 0
     host_passes: int = 0
+    parts: dict[str, int] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
@@ -57,18 +70,22 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
     Args:
         config: validated for this layout.
     """
-    fused_norms = config.kernels.norm("cuda", config.training.compute_dtype)[0] != "unfused"
+    attention: dict[tuple[str, str], Any] = {("flash", "cpu"): RepeatedKV()} if _gpu_kernel(config) == "fused" else {}
     config = _kernel_of_a_gpu(config)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
         state = parallel_state.build(layout, torch.device("cpu"))
-        with fake_tensors(fused_norms) as tracker:
+        with mock.patch.dict(KERNELS, attention), fake_tensors() as tracker:
             training = build(config, state)
-            for tensor in _on_host(training):
-                tracker.move_to_host(tensor)
+            for tensor, is_pinned in _on_host(training):
+                tracker.move_to_host(tensor, is_pinned)
             built = tracker.live
             batches = [_batch(training) for _ in range(config.num_microbatches(layout))]
+            tracker.holders = partial(_holders, training)
+            training.pipeline.watch = partial(_number, tracker)
+            fullest = 0
             for _ in range(steps):
+                tracker.look_for(NEARLY * fullest or math.inf)
                 tracker.peak, tracker.host_peak = 0, tracker.host
                 tracker.flops.clear()
                 communication.reset(training)
@@ -80,18 +97,36 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
                 global_norm(training.replicas.masters, state.model)
                 training.optimizer.step()
                 training.replicas.publish()
+                fullest = max(passes, tracker.peak)
             volume, formula = Volume(_sent(training), tracker.flops), closed_forms(training, batches)
-            return Count(built, passes, tracker.peak, volume, formula, tracker.host, host_passes)
+            parts = {name: size for name, size in tracker.parts.items() if size}
+            return Count(built, passes, tracker.peak, volume, formula, tracker.host, host_passes, parts)
     finally:
         dist.destroy_process_group()
 
 
-def _on_host(training: Training) -> list[Tensor]:
-    """What the build leaves in the host's memory: masters and moments, or the shards themselves."""
+def _holders(training: Training) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that are no activations, by component."""
+    replicas, optimizer = training.replicas, training.optimizer
+    yield from (("gradients", x) for x in replicas.gradients())
+    yield from (("optimizer states", x) for kept in optimizer.state.values() for x in kept.values())
+    yield from (("master weights", x) for x in optimizer.masters)
+    whole = replicas.parameters if isinstance(replicas, Replicas) else replicas.whole_for_a_step()
+    yield from (("parameters", x) for x in whole)
+
+
+def _number(tracker: Tracker, event: str, action: Action) -> None:
+    tracker.action += event == "start"
+
+
+def _on_host(training: Training) -> list[tuple[Tensor, bool]]:
+    """What the build leaves in the host's memory, and whether it is pinned: masters and moments, or the shards
+    themselves, which are."""
     optimizer, everything = training.optimizer, training.config.offload.cpu_offloading_weights
     pairs = zip(optimizer.masters, training.replicas.masters, strict=True)
     away = [master for master, weight in pairs if everything or master is not weight]
-    return [tensor for master in away for tensor in (master, *optimizer.state[master].values())]
+    moments = [(x, False) for master in away for x in optimizer.state[master].values()]
+    return [*((master, everything) for master in away), *moments]
 
 
 def _sent(training: Training) -> Counter[tuple[str, str]]:
@@ -105,15 +140,21 @@ def _sent(training: Training) -> Counter[tuple[str, str]]:
 
 
 def _kernel_of_a_gpu(config: Config) -> Config:
-    """The same run with the CPU's kernel that holds as much as a GPU's would: scores with both, or with neither; and
-    with weight gradients in a GPU's dtype."""
-    training, model = config.training, config.model
-    dtype = training.compute_dtype
-    name, _ = choose_kernel(training.attention_backend, "cuda", dtype, model.attention_dropout, model.head_dim)
-    backend = "unfused" if name == "unfused" else "auto"
+    """The same run with the CPU's kernels that hold as much as a GPU's would (scores with both, or with neither; a norm
+    by one kernel with both, or with neither), and with weight gradients in a GPU's dtype."""
+    training = config.training
+    backend = "unfused" if _gpu_kernel(config) == "unfused" else "auto"
     made = "fp32" if training.widens_gradients("cuda") else "compute"
     training = dataclasses.replace(training, attention_backend=backend, weight_gradient_dtype=made)
-    return dataclasses.replace(config, training=training, kernels=KernelConfig())
+    norm = "unfused" if config.kernels.norm("cuda", training.compute_dtype)[0] == "unfused" else "compiled"
+    kernels = KernelConfig(compile=config.kernels.compile, norm_backend=norm)
+    return dataclasses.replace(config, training=training, kernels=kernels)
+
+
+def _gpu_kernel(config: Config) -> str | None:
+    training, model = config.training, config.model
+    dropout = model.attention_dropout
+    return choose_kernel(training.attention_backend, "cuda", training.compute_dtype, dropout, model.head_dim)[0]
 
 
 def _batch(training: Training) -> Batch:

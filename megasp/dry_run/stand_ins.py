@@ -2,7 +2,7 @@
 
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,39 +13,32 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 
+from megasp.data_parallel.weight_shards import AllGather, ReduceScatter, Transport
 from megasp.dry_run.shape_cache import ShapeCache, of
 from megasp.dry_run.tracker import Tracker
 from megasp.host_copies import PlainCopier
-from megasp.model import fp8, init, loss, matmul, norm_kernels
+from megasp.model import compiled, fp8, init, loss, matmul
 from megasp.parallel_state import Axis, Traffic
 from megasp.parameters import Piece
-from megasp.sequence_parallel.block_kernels import Options
+from megasp.sequence_parallel.block_kernels import CPUFlash, Options, sum_groups
 from megasp.sequence_parallel.blocks import Block
 from megasp.sequence_parallel.parcels import Partial
 
 
-class _FusedNorms:
-    """What one kernel allocates: PyTorch's fused norms run as several operations on a CPU."""
+class RepeatedKV(CPUFlash):
+    """What cuDNN's attention takes beside: keys, values and their gradients for every query head."""
 
-    def rms(self, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(x), _statistic(x)
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        return super()._forward(q, k, v, causal, scale)
 
-    def rms_backward(
-        self, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, epsilon: float
-    ) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(x), torch.empty_like(weight)
-
-    def layer(self, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.empty_like(x), _statistic(x), _statistic(x)
-
-    def layer_backward(
-        self, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, epsilon: float
+    def _backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
-
-
-def _statistic(x: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+        groups = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        dq, dk, dv = super()._backward(dout, q, k, v, out, lse, causal, scale)
+        return dq, sum_groups(dk, groups), sum_groups(dv, groups)
 
 
 @contextmanager
@@ -121,10 +114,10 @@ def _loss_once(tracker: Tracker) -> Iterator[None]:
 
 
 @contextmanager
-def fake_tensors(fused_norms: bool = True) -> Iterator[Tracker]:
+def fake_tensors() -> Iterator[Tracker]:
     """Fake tensors inside, which stand for those of a GPU (the loss passes over a chunk's logits at once there,
-    products of lower precision are written in fp32 as they are, and norms may be one kernel), and the tracker that
-    counts them."""
+    products of lower precision are written in fp32 as they are, and nothing is compiled), and the tracker that counts
+    them."""
 
     def no_values(piece: Piece, seed: int) -> Tensor:
         return torch.empty(0).expand(piece.box.size) if 0 in piece.box.size else torch.empty(()).expand(piece.box.size)
@@ -139,8 +132,16 @@ def fake_tensors(fused_norms: bool = True) -> Iterator[Tracker]:
 
     def resize_(storage: torch.UntypedStorage, size: int) -> Any:  # which no dispatcher sees
         result = resize(storage, size)
-        tracker.note(storage)
+        tracker.note(storage, name="gathered weights")
         return result
+
+    def named(transport: type[Transport], name: str) -> Any:
+        def allocate(own: Transport, size: Sequence[int], **kwargs: Any) -> Tensor:
+            x = torch.empty(*size, **kwargs)
+            tracker.note(x.untyped_storage(), name=name)
+            return x
+
+        return mock.patch.object(transport, "allocate", allocate)
 
     from_group = DeviceMesh.from_group
 
@@ -148,9 +149,9 @@ def fake_tensors(fused_norms: bool = True) -> Iterator[Tracker]:
         with unset_fake_temporarily():
             return from_group(*args, **kwargs)
 
-    def no_product(a: Tensor, b: Tensor, *_: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    def no_product(a: Tensor, b: Tensor, *_: Any, bias: Tensor | None, output_dtype: torch.dtype) -> Tensor:
         tracker.flops["matrix products"] += 2 * a.numel() * b.shape[1]
-        return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+        return a.new_empty((a.shape[0], b.shape[1]), dtype=output_dtype)
 
     gc.collect()
     with (
@@ -160,11 +161,13 @@ def fake_tensors(fused_norms: bool = True) -> Iterator[Tracker]:
         mock.patch.object(DeviceMesh, "from_group", real_mesh),
         mock.patch.object(init, "initial_values", no_values),
         mock.patch.object(loss, "CACHE_BYTES", 1 << 62),
-        mock.patch.dict(norm_kernels.NORMS, unfused=_FusedNorms() if fused_norms else norm_kernels.UNFUSED),
+        mock.patch.multiple(compiled, COMPILER=tracker.one_kernel, check=lambda *_: None),
         mock.patch.dict(fp8.KERNELS, cpu=fp8.scaled_mm),
-        mock.patch.object(torch, "_scaled_mm", no_product),  # which has no form for fake tensors of a CPU
+        mock.patch.object(torch.nn.functional, "scaled_mm", no_product),  # it need not know fake tensors
         mock.patch.object(matmul, "wide_product", wide_product),
         mock.patch.object(torch.UntypedStorage, "resize_", resize_),
+        named(AllGather, "gathered weights"),
+        named(ReduceScatter, "reduction buffers"),
         mode,
         tracker,
     ):

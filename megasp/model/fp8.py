@@ -196,7 +196,8 @@ class Fp8:
         if self.keeps_input:  # which something else counts
             scales = x8 - rows * inputs
             kept, waiting = {f"scales of {name}, fp8": scales} if scales else {}, x + scales
-        return Part(name, y, forward, backward, kept, keeps_input=self.keeps_input, deferred=waiting + y8)
+        waiting, gradients = waiting + y8, weight * gradient
+        return Part(name, y, forward, backward, kept, self.keeps_input, deferred=waiting, gradients=gradients)
 
     def _bytes(self, elements: int, of: str) -> int:
         """Of a cast of so many elements, a byte each, and of the scales of its blocks."""

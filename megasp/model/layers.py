@@ -300,4 +300,4 @@ def embedding_footprint(elements: int, weight: int, item: int, gradient: int, tp
     wide = elements * gradient if gradient > item else 0
     masked, gathered = (0, 0) if tp == 1 else (whole, whole if sequence_parallel else 0)
     backward = masked + max(gathered, wide + weight * gradient) - (out if gathered else 0)
-    return Part("residual stream", out, forward, backward, keeps_input=False)
+    return Part("residual stream", out, forward, backward, keeps_input=False, gradients=weight * gradient)

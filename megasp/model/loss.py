@@ -220,4 +220,5 @@ def loss_footprint(
     products = chunk * (vocabulary + size) * item + weight
     forward = hidden * (1 + (split > 1)) + total + max(logits, products)
     kept = {"head's gradients": hidden + weight}
-    return Part("loss", wide, forward, max(hidden // split if split > 1 else 0, wide), kept, keeps_input=False)
+    backward = max(hidden // split if split > 1 else 0, wide)
+    return Part("loss", wide, forward, backward, kept, keeps_input=False, gradients=weight)

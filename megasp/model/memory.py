@@ -9,7 +9,7 @@ from functools import cache
 
 from megasp.config.recompute import Recompute
 from megasp.config.schema import ModelConfig
-from megasp.footprint import Footprint, Part, as_part, chain, joined, recomputed
+from megasp.footprint import Footprint, Part, as_part, chain, joined, pinned, recomputed
 from megasp.model.activations import activation_footprint
 from megasp.model.dropout import dropout_footprint
 from megasp.model.layers import embedding_footprint, sum_footprint
@@ -85,9 +85,12 @@ def norm_parameters(model: ModelConfig) -> int:
     return model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
 
 
-def largest_matrix(model: ModelConfig, tp: int) -> int:
-    """Elements of a layer's largest tensor on one rank of `tp`."""
-    return model.hidden_size * model.mlp_size * (2 if model.swiglu else 1) // tp
+def matrices(model: ModelConfig, tp: int) -> list[int]:
+    """Elements of a layer's matrices on one rank of `tp`, fused as they are held."""
+    heads, kv = model.num_attention_heads // tp, max(1, model.kv_heads // tp)
+    ffn = model.mlp_size // tp
+    widths = (heads + 2 * kv) * model.head_dim, heads * model.head_dim, ffn * (2 if model.swiglu else 1), ffn
+    return [model.hidden_size * width for width in widths]
 
 
 def end_parameters(model: ModelConfig, tp: int, first: bool, last: bool) -> dict[str, int]:
@@ -188,14 +191,12 @@ def _mlp(model: ModelConfig, sizes: Sizes, recompute: Recompute) -> list[Part]:
     return [norm, as_part(chain([*mlp, *end], stream, "norm output"), stream, "residual branch"), *dropped]
 
 
-def _layer(
-    model: ModelConfig, sizes: Sizes, recompute: Recompute, chunk: Part | None = None, held: int = 0
-) -> Footprint:
-    """A layer; of a `chunk` of the sequence, `held` bytes of gradients of weights wait when attention's turn comes."""
+def _layer(model: ModelConfig, sizes: Sizes, recompute: Recompute, chunk: Part | None = None) -> Footprint:
+    """A layer, or a `chunk` of the sequence through it."""
     stream = sizes.rows * model.hidden_size * sizes.item
     parts = _attention(model, sizes, recompute, chunk), _mlp(model, sizes, recompute)
     attention, mlp = (chain(half, stream, STREAM, residual=True) for half in parts)
-    return joined([replace(attention, backward=attention.backward + held), mlp])
+    return joined([attention, mlp])
 
 
 def _in_chunks(model: ModelConfig, sizes: Sizes) -> Footprint:
@@ -206,14 +207,13 @@ def _in_chunks(model: ModelConfig, sizes: Sizes) -> Footprint:
     past = PastBytes.of(attention, chunks, sizes.chunks_on_host)
     attend = past.first(), past.again(chunks - 1, sums=False), past.again(chunks - 2, sums=True)
     weights = layer_parameters(model, sizes.tp)
-    qkv = model.hidden_size * (attention.heads + 2 * attention.kv_heads) * attention.head_dim
-    held = (weights - qkv) * sizes.gradient
-    first, last, before = (_layer(model, one, Recompute(), part, held) for part in attend)
+    first, last, before = (_layer(model, one, Recompute(), part) for part in attend)
     part = chunked_footprint(first, (last, before), stream, past, weights, sizes.gradient)
     found = chain([part], stream, STREAM)
     if not past.host:
         return found
-    return replace(found, host=sum(past.kept.values()), host_working=(chunks - 1) * past.keys * past.wide)
+    kept, working = past.on_host
+    return replace(found, host=kept, host_working=working)
 
 
 @cache
@@ -238,9 +238,11 @@ def stage_layers(
     products: Sequence[Products],
     offloaded: int = 0,
     first: bool = True,
+    reduced: bool = False,
 ) -> list[Footprint]:
     """The layers of a stage, which multiply by `products`, those that are recomputed together as one; the first
-    `offloaded` keep theirs on the host. A stage that is not the `first` keeps its own input whole.
+    `offloaded` keep theirs on the host. A stage that is not the `first` keeps its own input whole. Gradients of weights
+    are `reduced` layer by layer, or are not.
 
     Of these the last one's is on the device, too; two layers' are while a forward runs, and while a backward does.
     """
@@ -259,7 +261,7 @@ def stage_layers(
             found.append(layer(group.start, replace(recompute, distributed=False) if given else recompute))
         else:
             shares = sizes.tp if recompute.distributed and not given else 1
-            inner = joined([layer(number, Recompute()) for number in group])
+            inner = joined([layer(number, Recompute()) for number in group], reduced)
             found.append(recomputed(inner, stream, name=STREAM, shares=shares))
         if group.start < offloaded:
             before = found[-2].total if len(found) > 1 else 0
@@ -271,9 +273,10 @@ def stage_layers(
             forward=piece.forward + before,
             backward=piece.backward + before,
             put_off=piece.put_off + before,
+            growing=piece.growing + before,
         )
     for index, piece, _ in away:
-        found[index] = replace(found[index], host=piece.host + piece.total)
+        found[index] = replace(found[index], host=piece.host + sum(map(pinned, piece.kept.values())))
     return found
 
 

@@ -138,7 +138,8 @@ class Plain:
     ) -> Part:
         x, y, weight = rows * inputs * item, gather * rows * outputs * item, inputs * outputs * gradient
         gathered = gather * x if gather > 1 else 0
-        return Part(name, y, y + gathered, 2 * gathered + x + weight, deferred=x + y)
+        backward = 2 * gathered + x + weight
+        return Part(name, y, y + gathered, backward, deferred=x + y, gradients=weight, put_off=gathered + x)
 
 
 PLAIN = Plain()

@@ -95,9 +95,9 @@ def tiled_footprint(tile: Footprint, size: int, tiles: int, weights: int, gradie
     """Bytes of what runs in tiles of an input of `size` bytes, each of which holds `tile`; its weights have `weights`
     elements, whose gradients are made in `gradient` bytes each."""
     view = size // tiles  # a tile of the input, and of the gradients, is no memory of its own
-    gradients = weights * (max(gradient, 4) + gradient)
-    working = max(tile.forward - view, tile.backward - 2 * view)
-    return Part("residual branch", size, size + tile.passing - view, size + gradients + working)
+    working = max(tile.forward - view, tile.growing - 2 * view, weights * gradient)
+    forward, backward = size + tile.passing - view, size + weights * max(gradient, 4) + working
+    return Part("residual branch", size, forward, backward, gradients=weights * gradient)
 
 
 def chunked_footprint(
@@ -113,8 +113,9 @@ def chunked_footprint(
     """
     view = size // past.chunks  # a chunk of the input and of the gradients is no memory of its own
     kept = {} if past.host else past.kept
-    last, before = (max(each.forward - view, each.backward - 2 * view) for each in again)
+    last, before = (max(each.forward - view, each.growing - 2 * view) for each in again)
     popped = 0 if past.host else past.left  # what is kept is there once
     sums = weights * max(gradient, 4)
     working = max(last - popped, before - 2 * popped + sums + past.staying, weights * gradient + sums + past.staying)
-    return Part("residual stream", size, size + sum(kept.values()) + first.passing - view, size + working, kept)
+    forward = size + sum(kept.values()) + first.passing - view
+    return Part("residual stream", size, forward, size + working, kept, gradients=weights * gradient)

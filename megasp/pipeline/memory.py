@@ -8,10 +8,25 @@ message of the receiver tells that it has been used.
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from typing import NamedTuple
 
-from megasp.footprint import Footprint
+from megasp.footprint import Footprint, Weights
 from megasp.pipeline.schedules import Action, Schedule
+
+
+class Moment(NamedTuple):
+    """What is there beside what was there before an action, in bytes.
+
+    Attributes:
+        total: all of it; `gathered`: weights, and buffers that they are gathered in; `gradients`: without a buffer;
+            `buffers`: of their reduction.
+    """
+
+    total: int
+    gathered: int = 0
+    gradients: int = 0
+    buffers: int = 0
 
 
 @dataclass(frozen=True)
@@ -19,26 +34,84 @@ class StageBytes:
     """One microbatch through a stage.
 
     Attributes:
-        pieces: what runs one after another: embedding, layers, head.
-        gradients: bytes of weight gradients that each of them makes, where these have no buffer.
+        pieces: what runs one after another: embedding, layers, head; `weights`: those of each.
         shared: kept once by all of them.
-        reducing: gradients of one of them that are reduced while the one before runs backward; not those of the last
-            `unreduced`, which wait for the end.
+        reduces: after which backwards gradients are reduced: "always", the "last", "finally" when all are over, or
+            "never".
+        apart: a backward's gradients are made in another dtype than that of their sums.
+        gathers_once: weights are gathered in a step's first forward alone.
+        stale: bytes of weights that a backward leaves gathered ahead for another microbatch.
     """
 
     pieces: Sequence[Footprint]
-    gradients: Sequence[int]
+    weights: Sequence[Weights]
     shared: int = 0
-    reducing: int = 0
-    unreduced: int = 0
+    reduces: str = "never"
+    apart: bool = False
+    gathers_once: bool = False
+    stale: int = 0
 
     @cached_property
     def kept(self) -> int:
         return self.shared + sum(piece.total for piece in self.pieces)
 
     @cached_property
+    def whole(self) -> int:
+        """Bytes of weights that stay whole for a step."""
+        return sum(each.weights for weights in self.weights for each in weights.reductions)
+
+    @cached_property
     def deferred(self) -> int:
         return sum(piece.deferred for piece in self.pieces)
+
+    def forward(self, gathers: bool) -> Moment:
+        """The fullest moment of a forward that `gathers` weights or finds them whole."""
+        kept, given, most = self.shared, 0, Moment(-self.whole)
+        missing = sum(weights.whole for weights in self.weights) if gathers else 0
+        for piece, weights in zip(self.pieces, self.weights, strict=True):
+            before, missing = weights.arriving * gathers - missing, missing - weights.whole * gathers
+            gathered = weights.forward * gathers - missing
+            runs = Moment(kept + piece.forward + gathered, gathered)
+            most = max(most, runs, Moment(kept + given + before, before))
+            kept, given = kept + piece.total, piece.output
+        return most
+
+    def backward(self, kind: str, fresh: bool, reducing: bool, sharded: bool, last: bool) -> tuple[Moment, int, int]:
+        """Of a backward, from the last piece to the first; what is kept goes, gradients and what waits for W come.
+
+        Args:
+            fresh: no gradients of earlier ones are there; `sharded`: shards of their sums are.
+            reducing: it reduces gradients; `last`: of the stage, so that it lets go of weights that are whole.
+        Returns:
+            The fullest moment; by how much gradients have grown; a buffer of their reduction that is left.
+        """
+        kept = grown = buffer = gone = 0
+        most, off = Moment(-self.kept - self.whole), kind == "I"
+        for piece, weights in zip(reversed(self.pieces), reversed(self.weights), strict=True):
+            made = weights.gradients if fresh and not (off and piece.deferred) else 0
+            needed = piece.put_off if off else piece.growing if made or self.apart else piece.backward
+            begun = kept + grown + buffer
+            for size, gathered in ((piece.output, weights.returning), (needed - piece.total, weights.backward)):
+                most = max(most, Moment(begun + size + gathered - gone, gathered - gone, grown, buffer))
+            kept += piece.deferred * off - piece.total
+            grown += made // weights.units if reducing else made
+            for number, each in enumerate(weights.reductions if reducing else (), 1):
+                gone += each.weights * last
+                buffer, gathered = each.buffer, weights.ahead - gone
+                held, sums = kept + piece.output + gathered, buffer + each.arriving
+                most = max(most, Moment(held + grown + sums, gathered, grown, sums))
+                grown += (0 if sharded else each.shard) - each.whole + made // weights.units * (number < weights.units)
+        return most, grown, buffer
+
+    def put_off(self, fresh: bool) -> tuple[Moment, int]:
+        """The fullest moment of W, and the gradients that it adds."""
+        made = sum(
+            weights.gradients for piece, weights in zip(self.pieces, self.weights, strict=True) if piece.deferred
+        )
+        # Autograd takes a copy of each where there is no sum to add to.
+        grown, largest = made * fresh, max(piece.largest for piece in self.pieces)
+        working = max(piece.beside for piece in self.pieces) if grown else largest if made else 2 * largest
+        return Moment(grown + working, gradients=grown), grown
 
 
 @dataclass(frozen=True)
@@ -49,7 +122,9 @@ class Peak:
         action: what runs then; `live`: stage -> microbatches that it holds (those of W counted, too).
         activations: kept by all of them; `working`: what the action itself needs beside; `messages`: to and from other
             ranks.
-        gradients: made so far, where they have no buffer.
+        gathered: weights that are whole for a time, with the buffers that they are gathered in; less than 0 where those
+            of a step are not there yet, or any more.
+        gradients: that are there, where they have no buffer; `buffers`: of their reduction.
     """
 
     action: Action
@@ -57,11 +132,14 @@ class Peak:
     activations: int
     working: int
     messages: int
+    gathered: int
     gradients: int
+    buffers: int
 
     @property
     def total(self) -> int:
-        return self.activations + self.working + self.messages + self.gradients
+        held = self.activations + self.working + self.messages
+        return held + self.gathered + self.gradients + self.buffers
 
 
 def peak(schedule: Schedule, rank: int, stages: Mapping[int, StageBytes], message: int) -> Peak:
@@ -74,6 +152,7 @@ def peak(schedule: Schedule, rank: int, stages: Mapping[int, StageBytes], messag
     walk = _Walk(schedule, rank, stages, message)
     for index in range(len(schedule.rows[rank])):
         walk.step(index)
+    walk.finish()
     assert walk.fullest is not None, "a schedule has actions"
     return walk.fullest
 
@@ -84,65 +163,86 @@ class _Walk:
     def __init__(self, schedule: Schedule, rank: int, stages: Mapping[int, StageBytes], message: int) -> None:
         self.schedule, self.rank, self.stages, self.message = schedule, rank, stages, message
         self.row = schedule.rows[rank]
-        self.kept = 0
+        self.last_of = {(action.kind, action.stage): index for index, action in enumerate(self.row)}
+        self.kept = self.gradients = self.buffer = 0
+        self.whole = -sum(stage.whole for stage in stages.values())  # weights, beside all that there may be
         self.live: Counter[int] = Counter()
-        self.made: set[int] = set()  # stages whose gradients are there
-        self.gradients = 0  # their bytes
+        self.made: set[tuple[int, str]] = set()  # stages with gradients of B (or I), and of W
+        self.forwards: Counter[int] = Counter()
+        self.waiting: dict[int, list[int]] = {number: [] for number in stages}  # forwards that wait for a backward
+        self.stale: dict[int, int] = {}
         self.arriving: set[Action] = set()
         self.expected = {edge: deque(sent) for edge, sent in schedule.messages.items() if edge[1] == rank}
         self.sending: dict[int, deque[int]] = {}
         self.fullest: Peak | None = None
+        self.forward = cache(lambda number, gathers: stages[number].forward(gathers))
+        self.backward = cache(lambda number, *how: stages[number].backward(*how))
 
     def step(self, index: int) -> None:
         """Run action `index` of the row on paper; its fullest moment is kept where it is the fullest so far."""
         action = self.row[index]
+        stage, number = self.stages[action.stage], action.stage
         self._take(action)
         for following in self.row[index + 1 : index + 2]:
             self._expect(following)
-        before = self.kept
-        most, gradients = getattr(self, {"F": "_forward", "W": "_weights"}.get(action.kind, "_backward"))(action)
-        messages = self.message * (len(self.arriving) + sum(map(len, self.sending.values())))
-        kept = min(before, most)  # at a backward's end little of it is left
-        if self.fullest is None or most + messages + gradients > self.fullest.total:
-            self.fullest = Peak(action, dict(self.live), kept, most - kept, messages, gradients)
+        if action.kind != "W":
+            self.stale.pop(number, None)
+        if action.kind == "F":
+            first = not self.forwards[number]
+            self.whole += stage.whole * first
+            self._note(action, self.forward(number, first or not stage.gathers_once))
+            self.waiting[number].append(self.forwards[number])
+            self.forwards[number] += 1
+        elif action.kind == "W":
+            moment, grown = stage.put_off((number, "W") not in self.made)
+            self._note(action, moment)
+            self._grow((number, "W"), grown)
+        else:
+            self._run_backward(action, stage, last=self.last_of[action.kind, number] == index)
         self._after(action)
 
-    def _forward(self, action: Action) -> tuple[int, int]:
-        stage = self.stages[action.stage]
-        kept, most = self.kept + stage.shared, 0
-        for piece in stage.pieces:
-            most = max(most, kept + piece.forward)
-            kept += piece.total
-        return most, self.gradients
+    def _run_backward(self, action: Action, stage: StageBytes, last: bool) -> None:
+        number, always = action.stage, stage.reduces == "always"
+        seen = (number, "B") in self.made
+        self.buffer = 0
+        ends = last and stage.reduces != "finally"
+        how = action.kind, always or not seen, always or (last and stage.reduces == "last"), seen, ends
+        moment, grown, left = self.backward(number, *how)
+        self._note(action, moment)
+        self._grow((number, "B"), grown)
+        self.buffer, self.whole = (0, self.whole - stage.whole) if ends else (left, self.whole)
+        if self.waiting[number].pop() and not ends:
+            self.stale[number] = stage.stale
 
-    def _backward(self, action: Action) -> tuple[int, int]:
-        """From the last piece to the first; what is kept goes, gradients and what waits for W come."""
-        stage = self.stages[action.stage]
-        kept, most, gradients = self.kept, 0, self.gradients
-        growing = action.stage not in self.made
-        grown = at_most = 0
-        for index, (piece, size) in enumerate(zip(reversed(stage.pieces), reversed(stage.gradients), strict=True)):
-            reducing = stage.reducing if index > stage.unreduced else 0
-            backward = piece.put_off if action.kind == "I" else piece.backward
-            needed = kept + backward - piece.total + grown + reducing
-            if needed > most:
-                most, at_most = needed, grown
-            kept += (piece.deferred if action.kind == "I" else 0) - piece.total
-            grown += size if growing else 0
-        return most - at_most, gradients + at_most
+    def finish(self) -> None:
+        """Reduce what was put off to the end."""
+        late = [stage for stage in self.stages.values() if stage.reduces == "finally"]
+        for each in (each for stage in late for weights in stage.weights for each in weights.reductions):
+            self.whole -= each.weights
+            self._note(self.row[-1], Moment(each.buffer + each.arriving, buffers=each.buffer + each.arriving))
+            self.gradients += each.shard - each.whole
 
-    def _weights(self, action: Action) -> tuple[int, int]:
-        largest = max(piece.deferred for piece in self.stages[action.stage].pieces)
-        return self.kept + largest, self.gradients
+    def _note(self, action: Action, moment: Moment) -> None:
+        """Keep a moment where it is the fullest so far."""
+        messages = self.message * (len(self.arriving) + sum(map(len, self.sending.values())))
+        gathered = moment.gathered + self.whole + sum(self.stale.values())
+        buffers = moment.buffers + self.buffer
+        activations = self.kept + moment.total - moment.gathered - moment.gradients - moment.buffers
+        kept = min(self.kept, activations)  # at a backward's end little of it is left
+        gradients = self.gradients + moment.gradients
+        found = Peak(action, dict(self.live), kept, activations - kept, messages, gathered, gradients, buffers)
+        if self.fullest is None or found.total > self.fullest.total:
+            self.fullest = found
+
+    def _grow(self, made: tuple[int, str], grown: int) -> None:
+        self.gradients += grown
+        self.made.add(made)
 
     def _after(self, action: Action) -> None:
         stage = self.stages[action.stage]
         waiting = stage.deferred
         self.kept += {"F": stage.kept, "B": -stage.kept, "I": waiting - stage.kept, "W": -waiting}[action.kind]
         self.live[action.stage] += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
-        if action.kind != "F" and action.stage not in self.made:
-            self.made.add(action.stage)
-            self.gradients += sum(stage.gradients)
         wanted = self.schedule.destination(action)
         if wanted is None:
             return

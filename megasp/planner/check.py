@@ -7,6 +7,7 @@ from megasp import dry_run, log
 from megasp.dry_run import Count
 from megasp.planner.memory import shortened
 from megasp.planner.search import Plan
+from megasp.training.memory import COMPONENTS
 from megasp.training.volumes import Volume
 
 
@@ -45,6 +46,16 @@ def _memory(plan: Plan, found: dict[int, Count]) -> list[str]:
             lines.append(f"  {name:42}" + "".join(f"{counted / 1e9:16.2f}" for counted, _ in sizes.values()))
             cells = (f"{size / 1e9:9.2f} {size / max(counted, 1) - 1:+6.1%}" for counted, size in sizes.values())
             lines.append(f"  {'the account of it':42}" + "".join(cells))
+    return lines + _components(plan, found)
+
+
+def _components(plan: Plan, found: dict[int, Count]) -> list[str]:
+    """What the peak is made of, counted, and by the account in brackets."""
+    lines = ["  the peak by component, and in brackets the account's"]
+    for name in COMPONENTS:
+        pairs = [(found[rank].parts.get(name, 0), plan.memory[rank].parts.get(name, 0)) for rank in found]
+        cells = "".join(f"{counted / 1e9:8.2f} {f'({size / 1e9:.2f})':>7}" for counted, size in pairs)
+        lines += [f"    {name:40}{cells}"] if any(map(any, pairs)) else []
     return lines
 
 

@@ -11,7 +11,7 @@ from megasp.config.model import ModelConfig
 from megasp.config.recompute import ActivationConfig
 from megasp.config.schema import Config
 from megasp.config.stages import split
-from megasp.data_parallel.memory import state_bytes
+from megasp.data_parallel.memory import Sharding
 from megasp.model.memory import Sizes, end_parameters, layer_parameters, stage_layers
 from megasp.pipeline.schedules import placement, schedule
 from megasp.training.memory import account
@@ -76,14 +76,13 @@ class End:
     """A pipeline rank at an end, whatever a microbatch is.
 
     Attributes:
-        elements: its parameters; `heads`: those of final norm and head among them.
+        elements: its parameters.
         layers: of each of its stages.
         held: most forwards that wait for their backward at a time, those not counted that wait for W alone; what runs
             next is a backward, with all of them there.
     """
 
     elements: int
-    heads: int
     layers: tuple[int, ...]
     held: int
 
@@ -100,9 +99,8 @@ def pipeline_ends(config: Config, layout: Layout) -> tuple[End, ...]:
         beside = [end_parameters(model, layout.tp, stage.first, stage.last) for stage in mine]
         counts = tuple(len(stage.layers) for stage in mine)
         elements = sum(counts) * layer_parameters(model, layout.tp) + sum(sum(each.values()) for each in beside)
-        heads = sum(each.get(name, 0) for each in beside for name in ("head", "final norm"))
         held = max(accumulate({"F": 1, "W": 0}.get(action.kind, -1) for action in rows[rank]))
-        made.append(End(elements, heads, counts, held))
+        made.append(End(elements, counts, held))
     return tuple(made)
 
 
@@ -112,16 +110,16 @@ class Floor:
     faster than the account, of the same parts, and never above it.
 
     Attributes:
-        ends: (parameters, those of the head among them, bytes of a backward while most microbatches are held).
+        ends: (parameters, bytes of a backward while most microbatches are held).
         unit: parameters of a layer.
         item, gradient_item: bytes of an element of the weights and of the gradients' sums.
         microbatches: of a step.
     """
 
-    ends: tuple[tuple[int, int, int], ...]
+    ends: tuple[tuple[int, int], ...]
     unit: int
     item: int
-    gradient_item: int | None
+    gradient_item: int
     microbatches: int
 
     @classmethod
@@ -131,31 +129,30 @@ class Floor:
         for end in pipeline:
             layers = [_layers(config.model, sizes, config.activations, count) for count in end.layers]
             kept = end.held * min(kept for kept, _ in layers) + min(working for _, working in layers)
-            found.append((end.elements, end.heads, kept))
-        gradient_item = 2 if config.training.grad_reduce_in_bf16 else None
+            found.append((end.elements, kept))
+        gradient_item = 2 if config.training.grad_reduce_in_bf16 else max(sizes.item, 4)
         return cls(tuple(found), layer_parameters(config.model, sizes.tp), sizes.item, gradient_item, microbatches)
 
     def needed(self, layout: Layout, host: HostOffloadConfig) -> float:
         """What a GPU must have, with the layout's sharding, and what is on the host."""
         return with_outside(max(self._allocated(layout, host, *end) for end in self.ends))
 
-    def _allocated(self, layout: Layout, host: HostOffloadConfig, elements: int, heads: int, backward: int) -> int:
+    def _allocated(self, layout: Layout, host: HostOffloadConfig, elements: int, backward: int) -> int:
         shards = layout.dp_inner * layout.cp
-        states = state_bytes(
-            elements,
-            self.unit,
-            heads,
+        sharding = Sharding(
             self.item,
-            shards * layout.dp_outer,
-            shards,
-            layout.zero,
             self.gradient_item,
-            self.microbatches,
-            host.optimizer_share,
-            host.cpu_offloading_weights,
+            self.gradient_item,
+            ranks=shards * layout.dp_outer,
+            shards=shards,
+            zero=layout.zero if shards > 1 or host.cpu_offloading_weights else 0,
+            once=self.microbatches == 1,
+            host_share=host.optimizer_share,
+            host_weights=host.cpu_offloading_weights,
         )
-        held = states.parameters + states.masters + states.optimizer + (0 if states.growing else states.gradients)
-        return held + states.gathered + states.lingering + backward
+        states = sharding.states(elements)
+        held = states.parameters + states.masters + states.optimizer + states.gradients * states.buffered
+        return held + sharding.whole(self.unit) + backward
 
 
 @cache

@@ -26,6 +26,8 @@ from megasp.sequence_parallel.schedules import DKV, KV, OUT, Schedule, Step, Tas
 from megasp.sequence_parallel.transport import Key, Likes, Own, Transport
 from megasp.sequence_parallel.work import Work
 
+LSE = "lse"
+
 
 class Past:
     """What the chunks of one attention have left, as buffers of bytes by (what, number of the chunk).
@@ -128,17 +130,19 @@ class Chunk:
         return FromPast(self, own, like)
 
     def put(self, out: Tensor, lse: Tensor) -> None:
-        """Leave out [B, N, S, H] and lse [B, N, S] for the second time."""
-        self.past.let_go(OUT, self.number - 1)
-        self.past.put(OUT, self.number, Parcel.of((lse, out.permute(2, 0, 1, 3))).buffer)
+        """Leave out [B, N, S, H] and lse [B, N, S] for the second time. Each has a buffer of its own: pinned ones take
+        a power of two."""
+        for what, x in ((LSE, lse), (OUT, out.permute(2, 0, 1, 3))):
+            self.past.let_go(what, self.number - 1)
+            self.past.put(what, self.number, Parcel.of((x,)).buffer)
 
     def take(self, q: Tensor) -> tuple[Tensor, Tensor] | None:
         """What was left, for queries [B, N, S, H]; None the first time."""
         if not self.past.has(OUT, self.number):
             return None
         wide = torch.promote_types(q.dtype, torch.float32)
-        like = q.new_empty((), dtype=wide).expand(q.shape[:3]), q.permute(2, 0, 1, 3)
-        lse, out = Parcel.over(self.past.pop(OUT, self.number), like).tensors
+        like = {LSE: q.new_empty((), dtype=wide).expand(q.shape[:3]), OUT: q.permute(2, 0, 1, 3)}
+        lse, out = (Parcel.over(self.past.pop(what, self.number), (x,)).tensors[0] for what, x in like.items())
         return out.permute(1, 2, 0, 3), lse
 
 

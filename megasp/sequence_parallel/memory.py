@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megasp.config.heads import head_shares
-from megasp.footprint import Part
+from megasp.footprint import Part, pinned
 from megasp.sequence_parallel.attention import head_parts
 
 
@@ -101,6 +101,12 @@ class PastBytes:
     def left(self) -> int:
         """Out and lse of a chunk."""
         return self.queries + self.statistics
+
+    @property
+    def on_host(self) -> tuple[int, int]:
+        """What the host has of it in pinned memory: kept, and sums of gradients beside."""
+        out = self.chunks * (pinned(self.queries) + pinned(self.statistics))
+        return out + (self.chunks - 1) * pinned(self.keys), (self.chunks - 1) * pinned(self.keys * self.wide)
 
     @property
     def staying(self) -> int:

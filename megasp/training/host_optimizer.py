@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megasp.config.schema import OptimizerConfig
 from megasp.data_parallel import master_dtype, on_host
+from megasp.footprint import pinned
 from megasp.host_copies import copier
 from megasp.training.optimizer import build_optimizer
 
@@ -129,4 +130,5 @@ def in_transit(largest: int, item: int) -> int:
         largest: elements of the largest weight, which is in a bucket of its own if need be.
         item: bytes of an element of the weights.
     """
-    return 2 * max(BUCKET_ELEMENTS, largest) * (max(item, 4) + item)
+    bucket = max(BUCKET_ELEMENTS, largest)
+    return 2 * (pinned(bucket * max(item, 4)) + pinned(bucket * item))

@@ -15,8 +15,9 @@ from megasp.config.layout import Layout
 from megasp.config.schema import Config
 from megasp.config.stages import Stage, split
 from megasp.config.tiles import head_bytes, mlp_tiles
-from megasp.data_parallel.memory import StateBytes, state_bytes
+from megasp.data_parallel.memory import Sharding, StateBytes, stage_weights
 from megasp.errors import ConfigError
+from megasp.footprint import pinned
 from megasp.model import linear_kernels
 from megasp.model import memory as model_memory
 from megasp.model.memory import Sizes
@@ -24,6 +25,15 @@ from megasp.pipeline.memory import Peak, StageBytes, peak
 from megasp.pipeline.schedules import placement, schedule
 from megasp.sequence_parallel.memory import AttentionSizes
 from megasp.training.host_optimizer import in_transit
+
+COMPONENTS = (
+    "parameters", "master weights", "gradients", "optimizer states", "gathered weights", "reduction buffers",
+    "kept activations", "working memory", "pipeline messages",
+)  # fmt: skip
+"""Of what a device holds."""
+
+COPY = "copy for a checkpoint"
+"""Of what the host does."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +61,12 @@ class Account:
     def static(self) -> int:
         """What is held all the time."""
         s = self.states
-        gradients = 0 if s.growing else s.gradients
-        return s.parameters + s.masters + gradients + s.optimizer
+        return s.parameters + s.masters + (s.gradients if s.buffered else 0) + s.optimizer
 
     @property
     def total(self) -> int:
         """At the fullest moment of the step."""
-        passes = self.static + self.states.gathered + self.states.lingering + self.peak.total
-        return max(passes, self.static + (self.states.gradients if self.states.growing else 0))
+        return self.static + max(self.peak.total, self.states.stepped)
 
     @property
     def fullest(self) -> str:
@@ -73,17 +81,9 @@ class Account:
     def rows(self) -> list[tuple[str, int]]:
         """Component -> bytes, which add up to `total`."""
         s, p = self.states, self.peak
-        rows = {
-            "parameters": s.parameters,
-            "master weights": s.masters,
-            "gradients": p.gradients if s.growing else s.gradients,
-            "optimizer states": s.optimizer,
-            "gathered weights": s.gathered,
-            "reduction buffers": s.lingering,
-            "kept activations": p.activations,
-            "working memory": p.working,
-            "pipeline messages": p.messages,
-        }
+        gradients = s.gradients if s.buffered else p.gradients
+        held = s.parameters + min(0, p.gathered), s.masters, gradients, s.optimizer, max(0, p.gathered), p.buffers
+        rows = dict(zip(COMPONENTS, (*held, p.activations, p.working, p.messages), strict=True))
         rows["optimizer step"] = self.total - sum(rows.values())
         return [(name, size) for name, size in rows.items() if size]
 
@@ -104,35 +104,27 @@ def account(
         device: whose kernels are meant.
         zero, gradient_item: ZeRO stage, and bytes of a gradient's element, where they are not the configuration's.
     """
-    model, training = config.model, config.training
-    sizes, plan = sizes_of(config, layout, device), config.pipeline
+    model, plan, sizes = config.model, config.pipeline, sizes_of(config, layout, device)
     owner = placement(plan.schedule, plan.ranks, plan.chunks)
     mine = [stage for stage in split(config) if owner[stage.number] == pipeline_rank]
     layer = model_memory.layer_parameters(model, layout.tp)
     ends = {stage.number: model_memory.end_parameters(model, layout.tp, stage.first, stage.last) for stage in mine}
     elements = sum(len(stage.layers) * layer + sum(ends[stage.number].values()) for stage in mine)
-    heads = sum(end.get(name, 0) for end in ends.values() for name in ("head", "final norm"))
     if gradient_item:
         made = min(sizes.gradient, gradient_item)
         sizes = replace(sizes, gradient=made, head_gradient=made)
-    gradient_item = gradient_item or (2 if training.grad_reduce_in_bf16 else None)
-    shards = layout.dp_inner * layout.cp
-    zero = config.parallel.zero_stage if zero is None else zero
-    ranks, microbatches = shards * layout.dp_outer, config.num_microbatches(layout)
-    share, host_weights = config.offload.optimizer_share, config.offload.cpu_offloading_weights
-    states = state_bytes(
-        elements, layer, heads, sizes.item, ranks, shards, zero, gradient_item, microbatches, share, host_weights
-    )
-    stages = {stage.number: _stage(config, sizes, stage, states.growing, states.reducing) for stage in mine}
-    steps = schedule(plan.schedule, plan.ranks, microbatches, plan.chunks)
+    sharding = sharding_of(config, layout, sizes, zero, gradient_item)
+    states = sharding.states(elements)
+    stages = {stage.number: _stage(config, sizes, stage, sharding) for stage in mine}
+    steps = schedule(plan.schedule, plan.ranks, config.num_microbatches(layout), plan.chunks)
     fullest = peak(steps, pipeline_rank, stages, sizes.rows * model.hidden_size * sizes.item)
     live = Counter(fullest.live) + Counter([fullest.action.stage] * (fullest.action.kind == "F"))
+    tensors = [n for stage in mine for n in [*model_memory.matrices(model, layout.tp)] * len(stage.layers)]
+    tensors += [count for end in ends.values() for count in end.values()]
+    host = _host(config, sharding, states.host, tensors)
     activations = sum(count * sum(piece.host for piece in stages[number].pieces) for number, count in live.items())
     activations += max(piece.host_working for stage in stages.values() for piece in stage.pieces)
-    host = states.host | ({"activations": activations} if activations else {})
-    if share:
-        matrices = [model_memory.largest_matrix(model, layout.tp), *(n for end in ends.values() for n in end.values())]
-        host["in transit"] = in_transit(max(matrices) // (shards if zero else 1), sizes.item)
+    host |= {"activations": activations} if activations else {}
     return Account(
         layout.rank(dict.fromkeys(("dp_outer", "dp_inner", "ring", "ulysses", "tp"), 0) | {"pp": pipeline_rank}),
         pipeline_rank,
@@ -144,6 +136,27 @@ def account(
     )
 
 
+def _host(config: Config, sharding: Sharding, states: dict[str, int], tensors: Sequence[int]) -> dict[str, int]:
+    """Component -> bytes in the host's memory, beside activations. What is pinned takes powers of two, by tensor.
+
+    Args:
+        tensors: elements of this rank's weights, but for norms and biases.
+    """
+    held, wide = dict(states), sharding.wide
+    shards = [-(-count // sharding.shards) if sharding.zero else count for count in tensors]
+    if sharding.host_weights:
+        held |= dict.fromkeys(("master weights", "gradients"), sum(pinned(count * wide) for count in shards))
+    if sharding.host_share:
+        held["in transit"] = in_transit(max(shards), sharding.item)
+    if config.checkpoint.async_save:
+        copies = 1 if config.checkpoint.no_save_optim else 3
+        on_host = config.offload.moved_share
+        held[COPY] = copies * sum(
+            round(on_host * count * wide + (1 - on_host) * pinned(count * wide)) for count in shards
+        )
+    return held
+
+
 def check_host_memory(config: Config, layout: Layout, ranks: int, memory: int) -> None:
     """Refuse to offload more than there is room for.
 
@@ -152,19 +165,30 @@ def check_host_memory(config: Config, layout: Layout, ranks: int, memory: int) -
     Raises:
         ConfigError: they need more.
     """
-    activations = config.activations
+    activations, saves = config.activations, config.checkpoint.async_save
     kept_there = activations.cpu_offloading_activations or activations.cpu_offloading_attention
-    if not (config.offload.optimizer_cpu_offload or kept_there):
+    if not (config.offload.optimizer_cpu_offload or kept_there or saves):
         return
     fullest = max((account(config, layout, rank) for rank in range(layout.pp)), key=lambda each: each.on_host)
-    if ranks * fullest.on_host > memory:
+    copy = fullest.host.get(COPY, 0)
+    needed = ranks * (fullest.on_host - copy) + writers(layout, ranks) * copy
+    if needed > memory:
         held = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in fullest.host.items())
         raise ConfigError(
-            f"offloading {ranks * fullest.on_host / 1e9:.0f} GB to a host that has {memory / 1e9:.0f}",
-            f"each of its {ranks} ranks keeps {fullest.on_host / 1e9:.1f} GB there ({held})",
-            "use a smaller --optimizer-offload-fraction, shard over more ranks by "
+            f"{needed / 1e9:.0f} GB in the memory of a host that has {memory / 1e9:.0f}",
+            f"each of its {ranks} ranks keeps {fullest.on_host / 1e9:.1f} GB there ({held})"
+            + (f", the copy on the {writers(layout, ranks)} that write checkpoints" if copy else ""),
+            ("save without --async-save, " if saves else "")
+            + "use a smaller --optimizer-offload-fraction, shard over more ranks by "
             "--data-parallel-sharding-strategy, or use fewer ranks a machine",
         )
+
+
+def writers(layout: Layout, ranks: int) -> int:
+    """How many of a machine's `ranks` write what they hold to a checkpoint: of ranks that hold the same, the first."""
+    alike = ("dp_outer",) if layout.zero else ("dp_outer", "dp_inner", "ring", "ulysses")
+    places = (layout.coordinates(rank) for rank in range(min(ranks, layout.world_size)))
+    return sum(not any(place[axis] for axis in alike) for place in places)
 
 
 def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
@@ -212,27 +236,64 @@ def sizes_of(config: Config, layout: Layout, device: str) -> Sizes:
     )
 
 
-def _stage(config: Config, sizes: Sizes, stage: Stage, growing: float, reducing: int) -> StageBytes:
-    """One microbatch through a stage; `growing` is the bytes of a gradient that has no buffer, `reducing` of those of a
-    layer that are reduced meanwhile."""
-    model = config.model
-    activations = config.activations
-    products = [linear_kernels.products(config.fp8, number, model.num_layers) for number in stage.layers]
-    layers = model_memory.stage_layers(
-        model, sizes, activations.recompute, products, activations.offloaded(len(products)), stage.first
+def sharding_of(
+    config: Config, layout: Layout, sizes: Sizes, zero: int | None = None, gradient_item: int | None = None
+) -> Sharding:
+    """How the ranks of a layout share out weights, gradients and optimizer, as `account` takes it."""
+    shards, offload = layout.dp_inner * layout.cp, config.offload
+    wanted = config.parallel.zero_stage if zero is None else zero
+    return Sharding(
+        sizes.item,
+        sizes.gradient,
+        gradient_item or (2 if config.training.grad_reduce_in_bf16 else max(sizes.item, 4)),
+        ranks=shards * layout.dp_outer,
+        shards=shards,
+        zero=wanted if shards > 1 or offload.cpu_offloading_weights else 0,
+        once=config.num_microbatches(layout) == 1,
+        deferred=config.pipeline.defers_weight_gradients,
+        host_share=offload.optimizer_share,
+        host_weights=offload.cpu_offloading_weights,
+        largest=max(model_memory.matrices(config.model, layout.tp)),
     )
-    ends = model_memory.end_parameters(model, sizes.tp, stage.first, stage.last)
-    each = model_memory.layer_parameters(model, sizes.tp)
-    pieces = [*layers]
-    gradients = [each * len(group) for group, _ in activations.recompute.groups(len(products))]
+
+
+def _stage(config: Config, sizes: Sizes, stage: Stage, sharding: Sharding) -> StageBytes:
+    """One microbatch through a stage."""
+    model, activations = config.model, config.activations
+    products = [linear_kernels.products(config.fp8, number, model.num_layers) for number in stage.layers]
+    pieces = model_memory.stage_layers(
+        model,
+        sizes,
+        activations.recompute,
+        products,
+        activations.offloaded(len(products)),
+        stage.first,
+        sharding.reduces == "always",
+    )
+    ends = Counter(model_memory.end_parameters(model, sizes.tp, stage.first, stage.last))
+    layer, groups = model_memory.layer_parameters(model, sizes.tp), activations.recompute.groups(len(products))
+    units: list[list[int]] = [[layer] * len(group) for group, _ in groups]
+    beside = [0] * len(units)
+    tied = stage.first and stage.last and not model.untie_embeddings_and_output_weights
     if stage.first:
         pieces.insert(0, model_memory.first_footprint(model, sizes))
-        gradients.insert(0, ends["embedding"] + ends.get("positions", 0))
+        units.insert(0, [] if tied else [ends["embedding"]])
+        beside.insert(0, ends["positions"])
     if stage.last:
         pieces.append(model_memory.last_footprint(model, sizes))
-        gradients.append(ends["final norm"] + ends.get("head", 0))
-    tables = model_memory.tables(model, sizes)
-    return StageBytes(pieces, [round(growing * count) for count in gradients], tables, reducing, int(stage.last))
+        units.append([ends["final norm"]])
+        beside.append(ends["embedding"] if tied else ends["head"])
+    # Behind the first unit's backward that of another microbatch begins; what is no unit is not gathered for it.
+    ahead = sharding.zero == 3 and not sum(beside) and sum(map(len, units)) > 1
+    return StageBytes(
+        pieces,
+        stage_weights(sharding, units, beside, stage.first),
+        model_memory.tables(model, sizes),
+        sharding.reduces,
+        sharding.made != sharding.summed,
+        0 < sharding.zero < 3,
+        sharding.buffer(layer) if ahead else 0,
+    )
 
 
 def table(accounts: Sequence[Account], measured: Mapping[str, Sequence[int]] | None = None) -> list[str]:
@@ -248,6 +309,16 @@ def table(accounts: Sequence[Account], measured: Mapping[str, Sequence[int]] | N
     lines = [f"{'pipeline rank':{width}}" + "".join(f"{each.pipeline_rank:>10}" for each in accounts)]
     lines += [f"{name:{width}}" + "".join(f"{size / 1e9:10.2f}" for size in sizes) + " GB" for name, sizes in rows]
     return [*lines, f"{'fullest in':{width}}" + "".join(f"{each.fullest:>10}" for each in accounts)]
+
+
+def by_component(found: Sequence[Mapping[str, int]], width: int = 22) -> list[str]:
+    """Component -> bytes of some ranks, a column each, in GB of 10^9 bytes."""
+    rows = []
+    for name in COMPONENTS:
+        if any(name in parts for parts in found):
+            cells = "".join(f"{parts.get(name, 0) / 1e9:10.2f}" for parts in found)
+            rows.append(f"{name:{width}}{cells} GB")
+    return rows
 
 
 def layer_table(each: Account) -> list[str]:
