@@ -89,7 +89,7 @@ def measure(config: Config, layout: Layout, device: torch.device, rank: int = 0,
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
         training = build(config, parallel_state.build(layout, device))
-        batches = [dry_run._batch(training) for _ in range(config.num_microbatches(layout))]
+        batches = [dry_run.microbatch(training) for _ in range(config.num_microbatches(layout))]
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         seconds = []

@@ -10,8 +10,8 @@ stand_ins    what stands for a GPU, for copies to the host, and for code that ca
 count        the build and the step of one rank
 """
 
-from megasp.dry_run.count import Count, count
+from megasp.dry_run.count import Count, count, microbatch
 from megasp.dry_run.stand_ins import fake_tensors
 from megasp.dry_run.tracker import Tracker
 
-__all__ = ["Count", "Tracker", "count", "fake_tensors"]
+__all__ = ["Count", "Tracker", "count", "fake_tensors", "microbatch"]

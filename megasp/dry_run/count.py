@@ -80,7 +80,7 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
             for tensor, is_pinned in _on_host(training):
                 tracker.move_to_host(tensor, is_pinned)
             built = tracker.live
-            batches = [_batch(training) for _ in range(config.num_microbatches(layout))]
+            batches = [microbatch(training) for _ in range(config.num_microbatches(layout))]
             tracker.holders = partial(_holders, training)
             training.pipeline.watch = partial(_number, tracker)
             fullest = 0
@@ -157,7 +157,7 @@ def _gpu_kernel(config: Config) -> str | None:
     return choose_kernel(training.attention_backend, "cuda", training.compute_dtype, dropout, model.head_dim)[0]
 
 
-def _batch(training: Training) -> Batch:
+def microbatch(training: Training) -> Batch:
     """A microbatch of this rank."""
     config, state = training.config, training.state
     shape = config.training.micro_batch_size, config.training.seq_length // state.cp.size

@@ -10,7 +10,7 @@ One pipeline rank is the schedule of one rank: there is no other way through a t
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,13 +73,42 @@ class Pipeline:
         return _Run(self, self.schedule(len(microbatches)).forward_only(), microbatches, 1.0).run()
 
 
-class _Kept(NamedTuple):
-    """What a backward needs of its forward, but for what autograd saved: the input, the place of the output in the
-    graph (its values are freed when they have been sent), and the output's gradient where that is the loss."""
+class _Entry(torch.autograd.Function):
+    """What comes from the stage before. Nobody holds its values but who keeps them for the backward; its gradient is
+    left in a list."""
 
-    x: Tensor | None
-    out: GradientEdge
-    gradient: Tensor | None
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, arrived: list[Tensor], gradient: list[Tensor]) -> Tensor:
+        ctx.gradient = gradient
+        return arrived.pop()
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[None, None, None]:
+        ctx.gradient.append(dx)
+        return None, None, None
+
+
+class _Exit(torch.autograd.Function):
+    """Where the backward of a stage begins: it takes the output's gradient out of a list, so that the gradient is gone
+    when the last layer has used it. A gradient that is given to `torch.autograd.backward` stays until that ends."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, gradient: list[Tensor]) -> Tensor:
+        ctx.gradient = gradient
+        return torch.zeros((), device=out.device)
+
+    @staticmethod
+    def backward(ctx: Any, begin: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient.pop(), None
+
+
+class _Kept(NamedTuple):
+    """What a backward needs of its forward, but for what autograd saved: where it begins, and the gradients of output
+    and input, as soon as they are there."""
+
+    begin: GradientEdge
+    out: list[Tensor]
+    x: list[Tensor]
 
 
 class _Run:
@@ -93,6 +122,7 @@ class _Run:
         model = next(iter(pipeline.stages.values()))
         shape = model.residual_shape(*batches[0].tokens.shape)
         self.messages = Messages(schedule, self.state, shape, pipeline.dtype)
+        self.anchor = torch.zeros((), device=self.state.device, requires_grad=True)
         self.kept: dict[Action, _Kept] = {}
         self.deferred: dict[Action, list[WeightGradient]] = {}  # I -> what its W must compute
         self.total = torch.zeros((), dtype=torch.float64, device=self.state.device)
@@ -103,7 +133,7 @@ class _Run:
         watch = self.pipeline.watch
         for action, following in zip(self.row, (*self.row[1:], None), strict=True):
             watch("wait", action)
-            received = self.messages.take(action)
+            received = [message for message in (self.messages.take(action),) if message is not None]
             watch("start", action)
             if following is not None:
                 self.messages.expect(following)  # it arrives while this action computes
@@ -113,17 +143,17 @@ class _Run:
         assert not self.kept and not self.deferred, "a forward without its backward"
         return self.total
 
-    def _forward(self, action: Action, received: Tensor | None) -> None:
-        x = None if received is None else received.requires_grad_(torch.is_grad_enabled())
-        out = self._stage(action, x)
-        gradient = None
+    def _forward(self, action: Action, received: list[Tensor]) -> None:
+        dx: list[Tensor] = []
+        dout: list[Tensor] = []
+        out = self._stage(action, _Entry.apply(self.anchor, received, dx) if received else None)
         if self.pipeline.stages[action.stage].head is not None:
             self.total += out.detach()
-            gradient = torch.full_like(out, 1 / self.divisor, requires_grad=False)
+            dout.append(torch.full_like(out, 1 / self.divisor, requires_grad=False))
         else:
             self.messages.send(action, out.detach())
         if torch.is_grad_enabled():
-            self.kept[action] = _Kept(x, get_gradient_edge(out), gradient)
+            self.kept[action] = _Kept(get_gradient_edge(_Exit.apply(out, dout)), dout, dx)
 
     def _stage(self, action: Action, x: Tensor | None) -> Tensor:
         """Run a stage on the residual stream, or on the tokens of the microbatch."""
@@ -137,19 +167,20 @@ class _Run:
         x = here(batch.tokens) if x is None else x
         return model(x, labels, mask, here(batch.positions), here(batch.samples), batch.document_starts, position_ids)
 
-    def _backward(self, action: Action, received: Tensor | None) -> None:
+    def _backward(self, action: Action, received: list[Tensor]) -> None:
         kept = self.kept.pop(action._replace(kind="F"))
         queue = self.pipeline.weight_gradients
         queue.defers = action.kind == "I"
         self._before_gradients(action)
-        torch.autograd.backward(kept.out, received if kept.gradient is None else kept.gradient)
+        kept.out.extend(received)
+        received.clear()
+        torch.autograd.backward(kept.begin, torch.ones_like(self.anchor))
         if queue.defers:
             self.deferred[action], queue.defers = queue.take(), False
-        if kept.x is not None:
-            assert kept.x.grad is not None
-            self.messages.send(action, kept.x.grad)
+        for dx in kept.x:
+            self.messages.send(action, dx)
 
-    def _weights(self, action: Action, received: Tensor | None) -> None:
+    def _weights(self, action: Action, received: list[Tensor]) -> None:
         self._before_gradients(action)
         compute(self.deferred.pop(action._replace(kind="I")))
 

@@ -41,6 +41,7 @@ class StageBytes:
         apart: a backward's gradients are made in another dtype than that of their sums.
         gathers_once: weights are gathered in a step's first forward alone.
         stale: bytes of weights that a backward leaves gathered ahead for another microbatch.
+        tied: of the head's gradient, where it waits for that of the embedding, which is the same tensor.
     """
 
     pieces: Sequence[Footprint]
@@ -50,6 +51,7 @@ class StageBytes:
     apart: bool = False
     gathers_once: bool = False
     stale: int = 0
+    tied: int = 0
 
     @cached_property
     def kept(self) -> int:
@@ -87,13 +89,15 @@ class StageBytes:
         """
         kept = grown = buffer = gone = 0
         most, off = Moment(-self.kept - self.whole), kind == "I"
+        waiting = self.tied
         for piece, weights in zip(reversed(self.pieces), reversed(self.weights), strict=True):
             made = weights.gradients if fresh and not (off and piece.deferred) else 0
             needed = piece.put_off if off else piece.growing if made or self.apart else piece.backward
             begun = kept + grown + buffer
             for size, gathered in ((piece.output, weights.returning), (needed - piece.total, weights.backward)):
                 most = max(most, Moment(begun + size + gathered - gone, gathered - gone, grown, buffer))
-            kept += piece.deferred * off - piece.total
+            kept += piece.deferred * off - piece.total + (0 if made else waiting)
+            waiting = 0
             grown += made // weights.units if reducing else made
             for number, each in enumerate(weights.reductions if reducing else (), 1):
                 gone += each.weights * last

@@ -152,12 +152,14 @@ def _attend(sizes: AttentionSizes, tokens: int, heads: int, kv_heads: int) -> Pa
         parts = head_parts(sizes.heads, sizes.kv_heads, sizes.ulysses, sizes.ulysses_rank)
         some = parts if sizes.comm == "all_gather" else 1
         travelling = {"p2p": 3, "lightseq": 3, "all_gather": 1 + 2 * (sizes.ring - 1)}[sizes.comm] * kv // some
-        block = (q + wide_q) // (1 if sizes.comm == "lightseq" else 2) // some
-        forward = wide_q + 2 * lse + travelling + max(block, q) + more[0]
+        halves = 1 if sizes.comm == "lightseq" else 2  # of a shard, zigzag, of which a block has one
+        block = (q + wide_q) // halves // some
+        beside = more if sizes.unfused else (more[0] // halves // some, more[1] // halves // some)
+        forward = wide_q + 2 * lse + travelling + max(block, q) + beside[0]
         moved = 2 * (2 * q + lse) if sizes.comm == "lightseq" else 0
         # Sums of one's own keys and of those in use, one that comes, and on a longer ring one that goes.
         sums = 3 + (sizes.ring > 2 and sizes.comm == "p2p")
-        backward = wide_q + sums * wide_kv + travelling + (q + kv) // 2 + moved + more[1]
+        backward = wide_q + sums * wide_kv + travelling + (q + kv) // 2 + moved + beside[1]
     return Part("attention output", q, forward, backward, kept, keeps_output=True)
 
 

@@ -293,6 +293,7 @@ def _stage(config: Config, sizes: Sizes, stage: Stage, sharding: Sharding) -> St
         sharding.made != sharding.summed,
         0 < sharding.zero < 3,
         sharding.buffer(layer) if ahead else 0,
+        ends["embedding"] * sizes.head_gradient if tied else 0,
     )
 
 

@@ -72,4 +72,4 @@ def test_operators_return_what_they_would() -> None:
         with tracker.placed(on_host=True):
             there = torch.ones(10)
         made = there * 2
-        assert (tracker.live, tracker.host) == (live, 80) and tracker.of_host(made)
+        assert (tracker.live, tracker.host) == (live, 64 + 40) and tracker.of_host(made)

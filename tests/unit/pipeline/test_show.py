@@ -17,7 +17,8 @@ def test_drawing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "makespan           10" in lines
     assert "peak activations   2, 2 (by rank; 1 is one microbatch through a rank's layers)" in lines
     assert "messages           6 a step" in lines
-    assert len(list(ElementTree.parse(tmp_path / "a.svg").iter("{http://www.w3.org/2000/svg}title"))) == 18
+    titles = list(ElementTree.parse(tmp_path / "a.svg").iter("{http://www.w3.org/2000/svg}title"))
+    assert len(titles) == 18 + 2, "actions, and each rank's idle time"
 
 
 def test_unequal_times_and_long_schedules(capsys: pytest.CaptureFixture[str]) -> None:
