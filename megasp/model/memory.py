@@ -266,17 +266,16 @@ def stage_layers(
         if group.start < offloaded:
             before = found[-2].total if len(found) > 1 else 0
             away.append((len(found) - 1, found[-1], before))
-    for index, piece, before in away[:-1]:
+    for index, piece, before in away:
         found[index] = replace(
             piece,
-            kept={},
+            kept=piece.kept if index == away[-1][0] else {},
+            host=piece.host + sum(map(pinned, piece.kept.values())),
             forward=piece.forward + before,
             backward=piece.backward + before,
             put_off=piece.put_off + before,
             growing=piece.growing + before,
         )
-    for index, piece, _ in away:
-        found[index] = replace(found[index], host=piece.host + sum(map(pinned, piece.kept.values())))
     return found
 
 
