@@ -26,6 +26,12 @@ class Answer(NamedTuple):
     made: Sequence[Any]
 
 
+def asked(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Answer:
+    """func(*args, **kwargs), run by itself."""
+    out = func(*args, **kwargs)
+    return Answer(out, (out, args, kwargs))
+
+
 _SLOW = object()
 
 
@@ -62,8 +68,7 @@ class ShapeCache:
         if known is None:
             return self._asked(key, func, args, kwargs)
         if known is _SLOW:
-            out = func(*args, **kwargs)
-            return Answer(out, (out, args, kwargs))
+            return asked(func, args, kwargs)
         if type(known) is _Same:
             return Answer((*args, *kwargs.values())[known.place], ())
         with torch._C._DisableTorchDispatch():
@@ -87,9 +92,9 @@ class ShapeCache:
 
     def _asked(self, key: Any, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Answer:
         """The mode's own answer, from which what to do the next time is seen."""
-        out = func(*args, **kwargs)
-        self._known[key] = _kind(func, out, (*args, *kwargs.values()))
-        return Answer(out, (out, args, kwargs))
+        answer = asked(func, args, kwargs)
+        self._known[key] = _kind(func, answer.out, (*args, *kwargs.values()))
+        return answer
 
 
 def _key(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -128,7 +128,7 @@ def fake_tensors() -> Iterator[Tracker]:
 
     resize = torch.UntypedStorage.resize_
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    tracker = Tracker(ShapeCache(mode))
+    tracker = Tracker(ShapeCache(mode).run)
 
     def resize_(storage: torch.UntypedStorage, size: int) -> Any:  # which no dispatcher sees
         result = resize(storage, size)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from megasp.dry_run.shape_cache import ShapeCache
+from megasp.dry_run.shape_cache import Answer, asked
 from megasp.footprint import pinned
 from megasp.model.elementwise import Body
 
@@ -27,7 +27,7 @@ class Tracker(TorchDispatchMode):
     What is computed from the host's tensors is the host's; copies between the two memories say where they go.
 
     Args:
-        shapes: how operators run.
+        run: an operator with its arguments and keywords; without it as it is.
 
     Attributes:
         live, peak: bytes of the device now, and at most since `peak` was set.
@@ -39,9 +39,9 @@ class Tracker(TorchDispatchMode):
             an activation: of this action, or of one before.
     """
 
-    def __init__(self, shapes: ShapeCache) -> None:
+    def __init__(self, run: Callable[..., Answer] = asked) -> None:
         super().__init__()
-        self.shapes = shapes
+        self.run = run
         self.live = self.peak = self.host = self.host_peak = 0
         self.flops: Counter[str] = Counter()
         self._sizes: dict[int, int] = {}
@@ -63,7 +63,7 @@ class Tracker(TorchDispatchMode):
             return args[0].fake_device
         if DTensor in types:
             return NotImplemented  # it unwraps itself, and what it does with the local tensors comes back here
-        out, made = self.shapes.run(func, args, kwargs or {})
+        out, made = self.run(func, args, kwargs or {})
         if self._inside:
             return out
         if made:

@@ -83,12 +83,12 @@ def test_the_script_says_every_flag(kind: str, capsys: pytest.CaptureFixture[str
 
 def test_the_table_and_the_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     page = tmp_path / "plan.html"
-    assert cli.main([*SMALL, "--ring-size", "1", "--ulysses-size", "1", "--top", "3", "--html", str(page)]) == 0
+    fixed = "--ring-size 1 --ulysses-size 1 --pipeline-model-parallel-size 2"
+    assert cli.main([*SMALL, *fixed.split(), "--top", "3", "--html", str(page)]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^ 1  tp\d-pp\d-u1-r1-dp\d", out, re.M) and "tp8: +" in out
+    assert re.search(r"^ 1  tp\d-pp2-u1-r1-dp\d", out, re.M) and "tp4: +" in out
     html = page.read_text()
-    assert "<svg" in html or "One pipeline rank" in html
-    assert html.count("<tr>") > 6 and "outside PyTorch" in html and "idle" in html
+    assert "<svg" in html and html.count("<tr>") > 6 and "outside PyTorch" in html and "idle" in html
     assert not re.search(r"<script|<link|src=|url\(|https?://(?!www.w3.org/2000/svg)", html), "one file, no network"
 
 
@@ -146,7 +146,8 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model llama3-8b --gpus 8 --max-seq-length --max-step-hours 0", "--max-step-hours 0"),
         ("--model llama3-9b --gpus 8", "as --help says"),
         ("--model llama3-8b --gpus 8 --global-batch-size 8 --gpuss 3", "did you mean --gpus"),
-        ("--model llama3.1-405b --gpus 1 --global-batch-size 8 --micro-batch-size 1", "no layout fits"),
+        ("--model llama3.1-405b --gpus 1 --gpu a100-40 --global-batch-size 8 --micro-batch-size 1", "no layout fits"),
+        ("--model llama3.1-405b --gpus 1 --global-batch-size 8 --micro-batch-size 1", "what fits the GPUs keeps"),
         ("--model llama3-8b --gpus 8 --global-batch-size 8 --explain tp3", "ranks must be"),
         ("--model llama3-8b --gpus 8 --global-batch-size 8 --explain t8", "layout name"),
         ("--model llama3-8b --gpus 6 --global-batch-size 8 --tensor-model-parallel-size 6", "num-attention-heads"),
@@ -220,8 +221,7 @@ def test_calibrate(tmp_path: Path) -> None:
 
 
 def test_dry_run_of_sharded_weights(capsys: pytest.CaptureFixture[str]) -> None:
-    """The real build and step of the answer on fake tensors: the account is not below what they allocate. (On a
-    tiny model it is 17 to 19% above for ZeRO-3, on 70B 5% for ZeRO-1: gathered weights are taken at their most.)"""
+    """The real build and step of the answer on fake tensors."""
     flags = (
         "--model tiny --vocab-size 8192 --gpus 4 --global-batch-size 8 --pipeline-model-parallel-size 2 --ring-size 1"
     )
@@ -230,7 +230,7 @@ def test_dry_run_of_sharded_weights(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     (line,) = re.findall(r"the account of it.*", out)
     errors = re.findall(r"([+-]\d+\.\d)%", line)
-    assert len(errors) == 2 and all(0 <= float(error) < 25 for error in errors)
+    assert len(errors) == 2 and all(abs(float(error)) <= 3 for error in errors)
     for words in ("all-gather over dp_cp", "matrix products"):
         assert re.search(rf"{words} .*=.*=", out), "counted as the closed forms say"
 
