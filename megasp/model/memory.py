@@ -237,12 +237,10 @@ def stage_layers(
     recompute: Recompute,
     products: Sequence[Products],
     offloaded: int = 0,
-    first: bool = True,
     reduced: bool = False,
 ) -> list[Footprint]:
     """The layers of a stage, which multiply by `products`, those that are recomputed together as one; the first
-    `offloaded` keep theirs on the host. A stage that is not the `first` keeps its own input whole. Gradients of weights
-    are `reduced` layer by layer, or are not.
+    `offloaded` keep theirs on the host. Gradients of weights are `reduced` layer by layer, or are not.
 
     Of these the last one's is on the device, too; two layers' are while a forward runs, and while a backward does.
     """
@@ -254,13 +252,12 @@ def stage_layers(
     found: list[Footprint] = []
     away: list[tuple[int, Footprint, int]] = []
     for group, again in recompute.groups(len(products)):
-        given = group.start == 0 and not first
         if not again:
             found.append(layer(group.start, Recompute()))
         elif len(group) == 1:
-            found.append(layer(group.start, replace(recompute, distributed=False) if given else recompute))
+            found.append(layer(group.start, recompute))
         else:
-            shares = sizes.tp if recompute.distributed and not given else 1
+            shares = sizes.tp if recompute.distributed else 1
             inner = joined([layer(number, Recompute()) for number in group], reduced)
             found.append(recomputed(inner, stream, name=STREAM, shares=shares))
         if group.start < offloaded:

@@ -52,10 +52,9 @@ def shared_out(x: Tensor, axis: Axis, wanted: bool = True) -> Iterator[None]:
     of the axis; their backward gathers it (Megatron-LM's distributed saved activations, arXiv 2104.04473 section 3.5).
 
     Args:
-        x: contiguous, its elements a multiple of the axis's size. What autograd did not make (the input of a pipeline
-            stage) is kept whole, as its owner does.
+        x: contiguous, its elements a multiple of the axis's size.
     """
-    if not wanted or x.grad_fn is None:
+    if not wanted:
         yield
         return
     storage = x.untyped_storage()._cdata

@@ -267,7 +267,6 @@ def _stage(config: Config, sizes: Sizes, stage: Stage, sharding: Sharding) -> St
         activations.recompute,
         products,
         activations.offloaded(len(products)),
-        stage.first,
         sharding.reduces == "always",
     )
     ends = Counter(model_memory.end_parameters(model, sizes.tp, stage.first, stage.last))
