@@ -18,7 +18,7 @@ BACKENDS: dict[str, dict[str, tuple[Capability, Capability]]] = {
     },
     "transformer-engine": {
         "tensorwise": ((8, 9), (99, 0)),
-        "blockwise": ((9, 0), (99, 0)),
+        "blockwise": ((9, 0), (12, 0)),
         "mxfp8": ((10, 0), (12, 0)),
     },
 }
@@ -88,10 +88,12 @@ class Fp8Config:
         return range(start, max(start, count - end))
 
 
-def refusal(backend: str, recipe: str, capability: Capability) -> str | None:
+def refusal(backend: str, recipe: str, capability: Capability, fp8_format: str = "e4m3") -> str | None:
     """Why a backend does not serve a recipe on a GPU of this capability, or None where it does."""
     if recipe not in BACKENDS[backend]:
         return f"it has no {recipe} scales"
+    if backend == "torch" and recipe in BLOCKED_RECIPES and fp8_format == "hybrid":
+        return "PyTorch's products with scales of blocks take e4m3 alone"
     first, end = BACKENDS[backend][recipe]
     if first <= capability < end:
         return None

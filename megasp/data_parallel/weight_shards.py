@@ -107,6 +107,10 @@ class WeightShards:
                 wrapped.set_all_reduce_hook(self._count_all_reduce)
         for unit in (*alone, model):
             unit.set_unshard_in_backward(False)  # type: ignore[operator]
+        # Nothing is gathered ahead of what follows the first layer's backward: it would be the last unit, for another
+        # microbatch, though a pipeline may have none, or none next.
+        first = model.layers[0]
+        first.set_modules_to_backward_prefetch([first])  # type: ignore[operator]
 
     def _count_all_reduce(self, x: Tensor) -> None:
         """fully_shard sums shards over replicas by itself."""

@@ -42,7 +42,8 @@ class Count:
         volume: what the step sent, and computed.
         formula: the same in closed form.
         host: bytes that the host holds between steps; `host_passes`: the peak of a step's passes there.
-        parts: component -> bytes at the peak, where there were two steps; messages are among the activations.
+        parts: component -> bytes at the peak, where there were two steps or it was expected; messages are among the
+            activations.
     """
 
     built: int
@@ -64,11 +65,12 @@ class Count:
         return max(self.host, self.host_passes)
 
 
-def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Count:
+def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2, expected: float = 0) -> Count:
     """What one rank of the layout holds, in bytes, in the last of some steps.
 
     Args:
         config: validated for this layout.
+        expected: bytes from which on it is looked at who holds what, where there is one step.
     """
     attention: dict[tuple[str, str], Any] = {("flash", "cpu"): RepeatedKV()} if _gpu_kernel(config) == "fused" else {}
     config = _kernel_of_a_gpu(config)
@@ -84,8 +86,10 @@ def count(config: Config, layout: Layout, rank: int = 0, steps: int = 2) -> Coun
             tracker.holders = partial(_holders, training)
             training.pipeline.watch = partial(_number, tracker)
             fullest = 0
+            tracker.look_for(expected or math.inf)
             for _ in range(steps):
-                tracker.look_for(NEARLY * fullest or math.inf)
+                if fullest:
+                    tracker.look_for(NEARLY * fullest)
                 tracker.peak, tracker.host_peak = 0, tracker.host
                 tracker.flops.clear()
                 communication.reset(training)

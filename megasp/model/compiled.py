@@ -90,7 +90,8 @@ def missing(device_type: str) -> str:
     """What torch.compile needs on a device and this machine has not; empty where it has all."""
     if device_type == "cuda" and importlib.util.find_spec("triton") is None:
         return "the package triton"
-    name, also = ("CXX", ("g++", "clang++")) if device_type == "cpu" else ("CC", ("gcc", "clang", "cc"))
+    own = ("clang++",) if sys.platform == "darwin" else ("g++",)
+    name, also = ("CXX", own) if device_type == "cpu" else ("CC", ("gcc", "clang", "cc"))
     wanted = (os.environ[name],) if os.environ.get(name) else also
     if not any(shutil.which(each) for each in wanted):
         return f"a {'C++' if device_type == 'cpu' else 'C'} compiler ({' or '.join(wanted)})"

@@ -21,7 +21,7 @@ tensor-parallel ranks may each scale their own part of a weight, and batches may
 by no more than that. With sequence parallelism, where parts are gathered into one operand, ranks agree on the largest
 value before they cast: what is gathered is fp8, half the bytes.
 
-A value that is not finite makes the whole product NaN.
+A value that is not finite makes NaN of the whole product (tensorwise), or of the rows that share its scale.
 """
 
 from collections.abc import Callable
@@ -79,7 +79,7 @@ WEIGHT_BLOCKS = BLOCKS | {"blockwise": Block(128, 128)}
 
 def power_of_two_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
     """The smallest power of two by which values up to `largest` can be divided to fit the dtype; fp32, inf for NaN."""
-    bits = largest.float().clamp(min=SMALLEST).view(torch.int32)
+    bits = largest.float().nan_to_num(torch.inf, torch.inf).clamp(min=SMALLEST).view(torch.int32)
     # Adding what is missing from 1.75 to 2 carries into the exponent exactly where the mantissa is above 1.75.
     rounded = (bits + 0x1FFFFF).bitwise_and_(0x7F800000).view(torch.float32)
     return rounded.mul_(2.0 ** -_EXPONENT[dtype])
@@ -234,7 +234,7 @@ def _scales(recipe: str, operand: Operand) -> tuple[Tensor, ScalingType]:
         return swizzled(scale), ScalingType.BlockWise1x32
     if scale.shape[0] == operand.values.shape[0]:
         return scale.t().contiguous().t(), ScalingType.BlockWise1x128
-    return functional.pad(scale, (0, -scale.shape[1] % 4)).t(), ScalingType.BlockWise128x128
+    return functional.pad(scale, (0, -scale.shape[1] % 4)).contiguous().t(), ScalingType.BlockWise128x128
 
 
 def swizzled(scale: Tensor) -> Tensor:

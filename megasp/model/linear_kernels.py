@@ -1,6 +1,8 @@
 """Which products the linear layers of a model use: of tensors as they are, or in fp8 by PyTorch or a package."""
 
 import importlib.metadata
+import re
+from collections.abc import Iterable
 
 import torch
 
@@ -45,15 +47,17 @@ def choose(config: Fp8Config, device: torch.device) -> str:
     if torch.version.hip is not None:
         raise ConfigError(f"--fp8-format on {name}", "AMD GPUs have fp8 formats of their own", "use --bf16 alone")
     capability = torch.cuda.get_device_capability(device)
-    reasons = []
+    reasons, fp8_format = [], config.fp8_format or "e4m3"
     for backend in config.backends:
-        reason = refusal(backend, config.recipe, capability) or missing(backend, config.recipe)
+        reason = refusal(backend, config.recipe, capability, fp8_format) or missing(backend, config.recipe)
         if reason is None:
             return backend
         reasons.append(f"{backend}: {reason}")
-    served = recipes(device)
+    served = recipes(device, config.backends)
     fix = f"--fp8-recipe {' or '.join(served)}" if served else "--bf16 alone"
-    if config.backend != "auto" and config.recipe in served:
+    if config.recipe in served:
+        fix = "--fp8-format e4m3"
+    elif config.backend != "auto" and config.recipe in recipes(device):
         fix = "--fp8-backend auto"
     given = f"--fp8-recipe {config.recipe} on {name}, compute capability {'.'.join(map(str, capability))}"
     raise ConfigError(given, "; ".join(reasons), f"use {fix}")
@@ -76,16 +80,17 @@ def missing(backend: str, recipe: str) -> str | None:
 
 
 def _version(dotted: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in dotted.split(".")[:2])
+    return tuple(map(int, re.findall(r"\d+", dotted)[:2]))
 
 
-def recipes(device: torch.device) -> dict[str, list[str]]:
-    """The recipes that a GPU of this machine serves, and by which backends, the first of which `auto` picks."""
+def recipes(device: torch.device, backends: Iterable[str] = BACKENDS) -> dict[str, list[str]]:
+    """The recipes that a GPU of this machine serves in e4m3, and by which of the backends, the first of which `auto`
+    picks."""
     served: dict[str, list[str]] = {}
     if torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
-        for backend, recipes in BACKENDS.items():
-            for recipe in recipes:
+        for backend in backends:
+            for recipe in BACKENDS[backend]:
                 if not (refusal(backend, recipe, capability) or missing(backend, recipe)):
                     served.setdefault(recipe, []).append(backend)
     return served
@@ -104,5 +109,6 @@ def describe(config: Fp8Config, layers: int, device: torch.device) -> str:
         return f"{what}, by {backend} (--fp8-backend)"
     if backend == "torch":
         return f"{what}, by torch (auto: PyTorch's own kernels serve this)"
-    reason = refusal("torch", config.recipe, torch.cuda.get_device_capability(device))
+    capability = torch.cuda.get_device_capability(device)
+    reason = refusal("torch", config.recipe, capability, config.fp8_format or "e4m3")
     return f"{what}, by {backend} (auto: of torch, {reason})"

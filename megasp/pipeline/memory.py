@@ -40,7 +40,6 @@ class StageBytes:
             "never".
         apart: a backward's gradients are made in another dtype than that of their sums.
         gathers_once: weights are gathered in a step's first forward alone.
-        stale: bytes of weights that a backward leaves gathered ahead for another microbatch.
         tied: of the head's gradient, where it waits for that of the embedding, which is the same tensor.
     """
 
@@ -50,7 +49,6 @@ class StageBytes:
     reduces: str = "never"
     apart: bool = False
     gathers_once: bool = False
-    stale: int = 0
     tied: int = 0
 
     @cached_property
@@ -173,8 +171,6 @@ class _Walk:
         self.live: Counter[int] = Counter()
         self.made: set[tuple[int, str]] = set()  # stages with gradients of B (or I), and of W
         self.forwards: Counter[int] = Counter()
-        self.waiting: dict[int, list[int]] = {number: [] for number in stages}  # forwards that wait for a backward
-        self.stale: dict[int, int] = {}
         self.arriving: set[Action] = set()
         self.expected = {edge: deque(sent) for edge, sent in schedule.messages.items() if edge[1] == rank}
         self.sending: dict[int, deque[int]] = {}
@@ -189,13 +185,10 @@ class _Walk:
         self._take(action)
         for following in self.row[index + 1 : index + 2]:
             self._expect(following)
-        if action.kind != "W":
-            self.stale.pop(number, None)
         if action.kind == "F":
             first = not self.forwards[number]
             self.whole += stage.whole * first
             self._note(action, self.forward(number, first or not stage.gathers_once))
-            self.waiting[number].append(self.forwards[number])
             self.forwards[number] += 1
         elif action.kind == "W":
             moment, grown = stage.put_off((number, "W") not in self.made)
@@ -215,8 +208,6 @@ class _Walk:
         self._note(action, moment)
         self._grow((number, "B"), grown)
         self.buffer, self.whole = (0, self.whole - stage.whole) if ends else (left, self.whole)
-        if self.waiting[number].pop() and not ends:
-            self.stale[number] = stage.stale
 
     def finish(self) -> None:
         """Reduce what was put off to the end."""
@@ -229,7 +220,7 @@ class _Walk:
     def _note(self, action: Action, moment: Moment) -> None:
         """Keep a moment where it is the fullest so far."""
         messages = self.message * (len(self.arriving) + sum(map(len, self.sending.values())))
-        gathered = moment.gathered + self.whole + sum(self.stale.values())
+        gathered = moment.gathered + self.whole
         buffers = moment.buffers + self.buffer
         activations = self.kept + moment.total - moment.gathered - moment.gradients - moment.buffers
         kept = min(self.kept, activations)  # at a backward's end little of it is left

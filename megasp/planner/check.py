@@ -23,6 +23,10 @@ def table(plans: list[Plan]) -> list[str]:
     return lines
 
 
+LOOKED_AT = 0.85
+"""Share of the account from which on a first step is looked at, for the component that holds it."""
+
+
 def critical_ranks(plan: Plan) -> list[int]:
     """The first, a middle and the last pipeline rank."""
     return sorted({0, plan.layout.pp // 2, plan.layout.pp - 1})
@@ -34,7 +38,8 @@ def count(plan: Plan, rank: int) -> Count:
     place = dict.fromkeys(("dp_outer", "dp_inner", "ring", "ulysses", "tp"), 0) | {"pp": rank}
     # A first step of chunks is as any other: one sample, nothing of a microbatch before.
     steps = 1 if plan.config.activations.sequence_chunks > 1 else 2
-    return dry_run.count(shortened(plan.config, layout), layout, layout.rank(place), steps)
+    expected = LOOKED_AT * plan.memory[rank].allocated
+    return dry_run.count(shortened(plan.config, layout), layout, layout.rank(place), steps, expected)
 
 
 def _memory(plan: Plan, found: dict[int, Count]) -> list[str]:

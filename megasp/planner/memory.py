@@ -14,7 +14,7 @@ from megasp.config.stages import split
 from megasp.data_parallel.memory import Sharding
 from megasp.model.memory import Sizes, end_parameters, layer_parameters, stage_layers
 from megasp.pipeline.schedules import placement, schedule
-from megasp.training.memory import account
+from megasp.training.memory import COPY, account
 
 OUTSIDE = 3.0e9
 """Bytes that are not PyTorch's: the CUDA context, NCCL's buffers, libraries' workspaces. An assumption."""
@@ -55,7 +55,8 @@ def memory(config: Config, layout: Layout, ranks: Sequence[int] | None = None) -
     short = shortened(config, layout)
     chosen = range(layout.pp) if ranks is None else ranks
     accounts = [account(short, layout, rank) for rank in chosen]
-    return [Memory(each.pipeline_rank, dict(each.rows()), each.on_host) for each in accounts]
+    # The copy for a checkpoint is made by the ranks that write alone, which a run checks on its machine.
+    return [Memory(each.pipeline_rank, dict(each.rows()), each.on_host - each.host.get(COPY, 0)) for each in accounts]
 
 
 def ends(layout: Layout) -> list[int]:

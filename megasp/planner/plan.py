@@ -68,6 +68,14 @@ def main(argv: Sequence[str], prog: str) -> int:
     _check_fp8(config.fp8, request.hardware)
     if options.max_seq_length:
         return _longest(request, options)
+    if options.max_step_hours != PlanOptions.max_step_hours:
+        rule = "it bounds the step of the longest sequence"
+        raise ConfigError(f"--max-step-hours {options.max_step_hours:g}", rule, "add --max-seq-length, or leave it out")
+    for name in ("html", "dry_run") if options.launch else ():
+        if getattr(options, name):
+            flag = name.replace("_", "-")
+            rule = "a launch script is all that is printed"
+            raise ConfigError(f"--{flag} with --launch", rule, f"plan twice: with --{flag}, then with --launch")
     if not config.training.global_batch_size:
         raise ConfigError(
             "no --global-batch-size", "layouts are compared at the same batch", "give the samples of a step"
@@ -135,7 +143,9 @@ def _check_fp8(config: Fp8Config, part: hardware.Hardware) -> None:
             f"--fp8-format on {part.name}", "it has no fp8 rate: nothing can be timed", "use --bf16 alone"
         )
     if part.capability is not None:
-        reasons = {backend: refusal(backend, config.recipe, part.capability) for backend in config.backends}
+        reasons = {
+            backend: refusal(backend, config.recipe, part.capability, config.fp8_format) for backend in config.backends
+        }
         if all(reasons.values()):
             said = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
             raise ConfigError(f"--fp8-recipe {config.recipe} on {part.name}", said, "use --fp8-recipe tensorwise")

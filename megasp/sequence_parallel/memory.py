@@ -173,7 +173,9 @@ def _beside(sizes: AttentionSizes, tokens: int, heads: int) -> tuple[int, int]:
     # In matrices of scores: forward they and the probabilities, backward probabilities and two of gradients; with
     # dropout its factors, and what they are made of, three times 64 bits. All else is copied wide.
     wide = max(4, sizes.item)
-    matrix = tokens * heads * (tokens // sizes.samples) * wide // sizes.ring**2
+    # Of a ring's blocks, p2p's largest has half of the queries; the all-gather's part of the heads, against counts.
+    blocks = {"lightseq": 1, "p2p": 2, "all_gather": 8}[sizes.comm] if sizes.ring > 1 else 1
+    matrix = tokens * heads * (tokens // sizes.samples) * wide // blocks
     mixing = 24 * matrix // wide if sizes.dropout else 0
     copies = 8 * tokens * heads * sizes.head_dim * wide
     return 2 * matrix + mixing + copies // 2, max((3 + 2 * sizes.dropout) * matrix, matrix + mixing) + copies

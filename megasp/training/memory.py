@@ -282,8 +282,6 @@ def _stage(config: Config, sizes: Sizes, stage: Stage, sharding: Sharding) -> St
         pieces.append(model_memory.last_footprint(model, sizes))
         units.append([ends["final norm"]])
         beside.append(ends["embedding"] if tied else ends["head"])
-    # Behind the first unit's backward that of another microbatch begins; what is no unit is not gathered for it.
-    ahead = sharding.zero == 3 and not sum(beside) and sum(map(len, units)) > 1
     return StageBytes(
         pieces,
         stage_weights(sharding, units, beside, stage.first),
@@ -291,7 +289,6 @@ def _stage(config: Config, sizes: Sizes, stage: Stage, sharding: Sharding) -> St
         sharding.reduces,
         sharding.made != sharding.summed,
         0 < sharding.zero < 3,
-        sharding.buffer(layer) if ahead else 0,
         ends["embedding"] * sizes.head_gradient if tied else 0,
     )
 

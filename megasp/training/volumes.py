@@ -104,6 +104,9 @@ def _tensor(training: Training, stage: Stage, sent: Sent) -> None:
         sent["tp", "reduce_scatter"] += once * (layers * 4 + again.reductions + stage.first + stage.last)
     else:
         sent["tp", "all_reduce"] += 2 * once * (layers * 4 + again.reductions + stage.first + stage.last)
+        recompute = training.config.activations.recompute
+        if recompute.distributed:  # inputs of what is recomputed, of which each rank keeps a share
+            sent["tp", "all_gather"] += once * sum(redone for _, redone in recompute.groups(layers))
     if stage.last:  # largest logit, sum and target's logit of every token
         tokens = _stream(training) // (training.config.model.hidden_size * training.dtype.itemsize)
         sent["tp", "all_gather"] += 3 * max(4, training.dtype.itemsize) * tokens * (ranks - 1)

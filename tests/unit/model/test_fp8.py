@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megasp.config.fp8 import Fp8Config
+from megasp.config.fp8 import BLOCKED_RECIPES, Fp8Config
 from megasp.config.kernels import KernelFacts
 from megasp.config.schema import ModelConfig
 from megasp.errors import ConfigError
@@ -135,6 +135,7 @@ def block_kernel(products: list[str]) -> Any:
     def scaled_mm(a, b, scale_a, kind_a, scale_b, kind_b, swizzle_a, swizzle_b, *, bias, output_dtype):  # type: ignore[no-untyped-def]
         kind, swizzle = fp8.ScalingType, fp8.SwizzleType
         wide = []
+        assert a.dtype == b.dtype == fp8.E4M3, "products of blocks take e4m3 alone"
         for matrix, scale, of in ((a, scale_a, kind_a), (b.t(), scale_b, kind_b)):
             assert matrix.is_contiguous(), "row-major by column-major"
             rows, columns = matrix.shape
@@ -160,7 +161,19 @@ def block_kernel(products: list[str]) -> Any:
     return scaled_mm
 
 
-@pytest.mark.parametrize("products", [p for p in FP8S if p.recipe in ("blockwise", "mxfp8")], ids=str)
+def test_scales_of_squares_that_need_no_padding() -> None:
+    """As the kernel wants them, first dim contiguous, where the matrix is a transposed view, too."""
+    (operand,) = Fp8("blockwise", E4M3).cast(random(512, 1024).bfloat16(), ROWS, of=WEIGHT)
+    scale, _ = fp8._scales("blockwise", operand.transposed)
+    assert scale.shape == (4, 8) and scale.stride(0) == 1
+
+
+def test_any_nan_makes_the_scale_infinite() -> None:
+    nans = torch.tensor([0x7FC00000, 0x7FE00001, 0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    assert fp8.power_of_two_scale(nans, E4M3).isinf().all()
+
+
+@pytest.mark.parametrize("products", [Fp8(recipe, E4M3) for recipe in BLOCKED_RECIPES], ids=str)
 def test_blocks_as_kernels_take_them(products: Fp8, monkeypatch: pytest.MonkeyPatch) -> None:
     kinds: list[str] = []
     monkeypatch.setattr(torch.nn.functional, "scaled_mm", block_kernel(kinds))
@@ -286,10 +299,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         ((8, 9), None, "tensorwise", "auto", "torch"),
         ((9, 0), "2.20.2", "tensorwise", "auto", "torch"),
         ((9, 0), "2.20.2", "tensorwise", "transformer-engine", "transformer-engine"),
-        ((9, 0), None, "blockwise", "auto", "torch"),
+        ((9, 0), "2.20.2", "blockwise", "auto", "transformer-engine"),
         ((10, 0), "2.20.2", "blockwise", "auto", "transformer-engine"),
-        ((10, 0), "2.20.2", "mxfp8", "auto", "torch"),
-        ((12, 0), None, "mxfp8", "auto", "torch"),
+        ((10, 0), "2.20.2", "mxfp8", "auto", "transformer-engine"),
     ],
 )
 def test_backend(
@@ -300,7 +312,7 @@ def test_backend(
     assert linear_kernels.choose(config, CUDA) == chosen
     said = linear_kernels.describe(config, 2, CUDA)
     assert f"by {chosen} ({'auto' if backend == 'auto' else '--fp8-backend'}" in said
-    assert ("of torch, blockwise scales need" in said) == ((recipe, capability) == ("blockwise", (10, 0)))
+    assert ("of torch, PyTorch's products with scales of blocks take e4m3 alone" in said) == (recipe in BLOCKED_RECIPES)
 
 
 @pytest.mark.parametrize(
