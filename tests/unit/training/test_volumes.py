@@ -44,6 +44,7 @@ CASES = {
         {"sequence_chunks": 4, "optimizer_cpu_offload": True, "cpu_offloading_weights": True}
         | {"cpu_offloading_attention": True, "data_parallel_sharding_strategy": "optim_grads_params"}
     ),
+    "inputs shared out": {"recompute_granularity": "full", "distribute_saved_activations": True},
     "LightSeq, whose ranks compute unlike amounts": ({"ring_size": 2, "cp_comm_type": "lightseq"}),
     "split backwards": (
         {"sequence_parallel": True, "pipeline_schedule": "zb-h1", "recompute_granularity": "selective"}
