@@ -120,9 +120,7 @@ def show(row: Row, name: str, plan: Plan | None, counted: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="one row: MODEL,GPUS,GPU")
-    parser.add_argument(
-        "--lengths", nargs="+", default=["aim", "useful", "memory"], choices=("aim", "useful", "memory")
-    )
+    parser.add_argument("--lengths", nargs="+", default=LENGTHS, choices=LENGTHS)
     parser.add_argument("--max-step-hours", type=float, default=12.0)
     parser.add_argument("--no-dry-run", action="store_true", help="the account alone: seconds a row")
     given = parser.parse_args()

@@ -64,14 +64,13 @@ class Best:
     Attributes:
         seconds: of its simulated step.
         name: of its layout.
-        combinations: that there are; `asked`: of them, whose memory was asked; `simulated`: that fit.
+        combinations: that there are; `simulated`: that fit.
         difference: greatest share by which closed form and simulation differ.
     """
 
     seconds: float
     name: str
     combinations: int
-    asked: int
     simulated: int
     difference: float
 
@@ -127,13 +126,12 @@ def best_of(request: Request, up_to: float) -> Best:
         if each.seconds <= up_to:
             kept.append(each)
     kept.sort(key=lambda each: each.seconds)
-    best, name, asked, simulated, difference = float("inf"), "", 0, 0, 0.0
+    best, name, simulated, difference = float("inf"), "", 0, 0.0
     draw = random.Random(0)
     memory = request.hardware.memory
     for each in kept:
         if each.seconds > SLACK * best:
             break
-        asked += 1
         values = each.values | each.recompute.values | each.sharding.values
         if not tools._may_fit(each.axes, each.values, each.job, each.recompute, each.sharding):
             if draw.random() < SAMPLE / len(kept):
@@ -152,7 +150,7 @@ def best_of(request: Request, up_to: float) -> Best:
         difference = max(difference, abs(seconds / each.seconds - 1))
         if seconds < best:
             best, name = seconds, layout.name
-    return Best(best, name, number, asked, simulated, difference)
+    return Best(best, name, number, simulated, difference)
 
 
 def compared(request: Request) -> tuple[Found, Plan, Best]:

@@ -57,7 +57,7 @@ class Fp8Config:
     fp8_backend: str | None = flag(
         None,
         "what casts and multiplies: torch, or the package transformer-engine (not rowwise); auto, without it, is "
-        "torch, and the package where PyTorch has no kernel of the recipe for the GPU",
+        "torch, and the package where PyTorch has no kernel of the recipe for the GPU, or of hybrid in blocks",
         choices=("auto", *BACKENDS),
     )
     first_last_layers_bf16: bool = flag(False, "leave the first and the last layers in bfloat16")
